@@ -1,0 +1,33 @@
+# make demo, make test, make check: each makes .venv when it is missing or out of date. Needs Python 3.11+ and make.
+#   PYTHON=<command>        another interpreter than the first of these that is Python 3.11 or newer
+#   TORCH_INDEX=<address>   an extra package index to take torch from, such as PyTorch's own index of CPU builds
+NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit(1)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
+TORCH_INDEX ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+
+.PHONY: install demo test check
+install: $(STAMP)
+
+# torch goes first and alone, so that the build chosen here is the one every later package is resolved against.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; install one, or name it: make PYTHON=<command>" >&2; exit 2; }
+	@echo "installing into .venv, two or three minutes the first time"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint constraints.txt torch
+	@$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/soundstage generate "a small red metal ball bounces three times" -o outputs/ball.mp4 --sheet
+
+test: $(STAMP)
+	$(OFFLINE) $(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(OFFLINE) $(BIN)/python -m pytest

@@ -1,0 +1,6 @@
+"""`python -m soundstage` is the `soundstage` command."""
+
+from soundstage.cli.app import main
+
+if __name__ == "__main__":
+    main()

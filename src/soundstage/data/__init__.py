@@ -1,0 +1,1 @@
+"""Training data: clips by index, encoded once, batches by seed and step."""

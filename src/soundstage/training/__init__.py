@@ -1,0 +1,1 @@
+"""The engine: recipes as data, one loop, checkpoints, logs."""

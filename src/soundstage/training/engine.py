@@ -1,0 +1,268 @@
+"""The one training loop: every objective, every network, any mix of roles."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soundstage.core.errors import ConfigError, SoundstageError
+from soundstage.core.rng import Rng
+from soundstage.objectives.base import Batch
+from soundstage.training import checkpoint, provenance
+from soundstage.training.config import TrainConfig
+from soundstage.training.metrics import Log, Meter
+from soundstage.training.optim import Optimizer, rate
+from soundstage.training.state import Phase, State, Validation, build, phases
+
+
+class RunError(SoundstageError, RuntimeError):
+    """A run cannot go on: a loss that is not finite, or memory that is used up."""
+
+
+OnLog = Callable[[Mapping[str, float]], None]
+
+
+def train(
+    config: TrainConfig,
+    out: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    on_log: OnLog | None = None,
+    tensorboard: bool = True,
+) -> State:
+    """Run a recipe to its end, resuming from the last checkpoint in `out` where there is one.
+
+    out: folder of the run (default config.folder): config.json, environment.json, diff.txt, metrics.jsonl,
+        tensorboard/, checkpoints/, samples/. device: default "cuda" where present, else "cpu".
+    on_log: called with every logged entry. SIGTERM and SIGINT save and return early: state.step < config.steps.
+    Raises RunError when the loss is not finite or memory runs out; the last checkpoint is kept.
+    """
+    folder = Path(out) if out else config.folder
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    provenance.record(config, folder)
+    plan = phases(config)
+    last = checkpoint.latest(folder / "checkpoints")
+    done = checkpoint.step_of(last) if last else 0
+    current = next(phase for phase in reversed(plan) if phase.start < max(1, done))
+    state = build(config, device, current.config.optim)
+    if last:
+        state.load(last)
+    with Log(folder, state.step, tensorboard=tensorboard) as log, _interrupts() as stop:
+        run = _Run(folder, state, log, on_log or (lambda _: None), stop)
+        for phase in plan:
+            if phase.end <= state.step or stop.is_set():
+                continue
+            state.renew(current.config, phase.config)
+            current = phase
+            run.phase(phase)
+    return state
+
+
+class _Run:
+    """One call of `train`."""
+
+    def __init__(self, folder: Path, state: State, log: Log, on_log: OnLog, stop: threading.Event) -> None:
+        self.folder, self.state, self.log, self.on_log, self.stop = folder, state, log, on_log, stop
+        self.meter = Meter()
+
+    def phase(self, phase: Phase) -> None:
+        """The loop. Everything drawn at a step depends on the seed and the step alone, so resume is exact."""
+        config, state = phase.config, self.state
+        with _Loader(config.data.build(), config.batch_size, phase.end) as loader:
+            self.meter.resume()
+            while state.step < phase.end and not self.stop.is_set():
+                batch = loader.batch(state.step).to(state.device)
+                torch.manual_seed(config.seed * 1_000_003 + state.step)
+                for role in config.objective.turn(state.step):
+                    self._move(role, batch, phase)
+                if state.ema:
+                    state.ema.update(state.nets["student"], state.step)
+                state.step += 1
+                self.meter.step(config.batch_size)
+                self._after(config)
+        if self.stop.is_set():
+            self._save(config)
+
+    def _move(self, role: str, batch: Batch, phase: Phase) -> None:
+        """One step of one role: accumulate, clip, step."""
+        config, state = phase.config, self.state
+        optimizer = _optimizer(state, role)
+        probing = bool(config.probe_every) and state.step % config.probe_every == 0
+        with _memory_report(config):
+            for index in range(config.accumulate):
+                part = batch.part(index, config.accumulate) if config.accumulate > 1 else batch
+                rng = Rng.of(config.seed, len(part), start=index * len(part)).fold("step", state.step, role)
+                terms = self._terms(role, part, rng, config)
+                self._read(terms, config)
+                if probing and index == 0:
+                    self._probe(terms, optimizer)
+                (total(terms, config.weights) / config.accumulate).backward()
+        norm = float(optimizer.clip())
+        if not math.isfinite(norm):
+            raise RunError(_not_finite(f"the gradient of {role}", norm, state.step, config))
+        begin, end = phase.schedule
+        lr = rate(optimizer.optim, state.step - begin, end - begin)
+        optimizer.step(lr)
+        self.meter.add(f"grad_norm/{role}", norm)
+        self.meter.add(f"lr/{role}", lr)
+
+    def _terms(self, role: str, part: Batch, rng: Rng, config: TrainConfig) -> dict[str, Tensor]:
+        kind = self.state.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
+            return config.objective.loss(role, self.state.nets, part, rng)
+
+    def _read(self, terms: Mapping[str, Tensor], config: TrainConfig) -> None:
+        """Log the terms and reports; stop when one is not finite."""
+        flat = torch.cat([term.detach().float().reshape(-1) for term in terms.values()]).tolist()
+        loss, at = 0.0, 0
+        for name, term in terms.items():
+            values, at = flat[at : at + term.numel()], at + term.numel()
+            if not all(map(math.isfinite, values)):
+                raise RunError(_not_finite(name, values[0], self.state.step, config))
+            self.meter.add(name, values[0], values[1] if len(values) == 2 else 1.0)
+            if len(values) == 1:
+                loss += weight(name, config.weights) * values[0]
+        self.meter.add("loss", loss)
+
+    def _probe(self, terms: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        """Log the gradient norm of every report that kept its graph: per modality and noise level."""
+        for name, term in terms.items():
+            if term.numel() == 2 and term.requires_grad and float(term[1].detach()) > 0:
+                gradients = torch.autograd.grad(
+                    term[0] / term[1].detach(), optimizer.parameters, retain_graph=True, allow_unused=True
+                )
+                norms = torch._foreach_norm([gradient for gradient in gradients if gradient is not None])
+                self.meter.add(f"grad_norm/{name}", float(torch.stack(norms).norm()))
+
+    def _after(self, config: TrainConfig) -> None:
+        """Log, validate and save where it is time to."""
+        step, last = self.state.step, self.state.step == config.steps
+        due = config.validate is not None and config.validate_every > 0 and (step % config.validate_every == 0 or last)
+        saving = step % config.save_every == 0 or last
+        if step % config.log_every == 0 or saving or due:
+            self._log(self.meter.take())
+        if saving:
+            self._save(config)
+        if due and config.validate is not None:
+            values = config.validate(Validation.of(self.state, config, self.folder / "samples" / f"step-{step:08d}"))
+            self._log({f"validate/{name}": value for name, value in values.items()})
+        if saving or due:
+            self.meter.resume()
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        if values:
+            self.on_log(self.log.write(self.state.step, values))
+
+    def _save(self, config: TrainConfig) -> None:
+        self.state.save(self.folder / "checkpoints", config.keep)
+
+
+def weight(name: str, weights: Mapping[str, float]) -> float:
+    """The factor of a term: its own, else its modality's, else 1."""
+    return weights.get(name, weights.get(name.rpartition("/")[2], 1.0))
+
+
+def total(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Weighted sum of the scalar terms that depend on a parameter that moves; raises ConfigError when none does."""
+    scalars = {name: term for name, term in terms.items() if term.ndim == 0 and term.requires_grad}
+    if not scalars:
+        raise ConfigError(f"objective: none of its terms ({', '.join(terms)}) depends on a parameter that moves")
+    return torch.stack([weight(name, weights) * term.float() for name, term in scalars.items()]).sum()
+
+
+def _optimizer(state: State, role: str) -> Optimizer:
+    """The role's optimiser, with only its parameters collecting gradients."""
+    if role not in state.optimizers:
+        raise ConfigError(
+            f"objective moves {role!r}, but the roles that move are {', '.join(state.optimizers)}: give it an optim"
+        )
+    if len(state.optimizers) > 1:
+        for name, optimizer in state.optimizers.items():
+            for parameter in optimizer.parameters:
+                parameter.requires_grad_(name == role)
+    return state.optimizers[role]
+
+
+def _not_finite(what: str, value: float, step: int, config: TrainConfig) -> str:
+    clip = "" if config.optim.clip else ", set optim.clip=1"
+    bf16 = ", try precision=fp32" if config.precision == "bf16" else ""
+    return (
+        f"step {step}: {what} is {value}; the last checkpoint is kept. "
+        f"Lower optim.lr (now {config.optim.lr:g}){clip}{bf16}, or look for bad samples in the data of this step, "
+        "and run the same command again"
+    )
+
+
+@contextmanager
+def _memory_report(config: TrainConfig) -> Iterator[None]:
+    """Turn running out of memory into a RunError that says what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # the CPU allocator raises a plain RuntimeError
+        told = ("can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(text in str(error) for text in told):
+            raise
+        size = config.batch_size // config.accumulate
+        halves = f"accumulate={config.accumulate * 2} (the same result from half the samples at a time)"
+        remedy = halves if size > 1 and size % 2 == 0 else "a smaller model or shorter clips"
+        bf16 = "precision=bf16, " if config.precision == "fp32" else ""
+        raise RunError(
+            f"memory is used up by {size} samples at a time; use {bf16}{remedy}, and run the same command again"
+        ) from error
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second signal acts as usual. Outside the main thread: never set."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:  # noqa: ANN401, ARG001
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Loader:
+    """Reads the batch of the next step in a thread while this one trains."""
+
+    def __init__(self, data: Any, size: int, end: int) -> None:  # noqa: ANN401
+        self._data, self._size, self._end = data, size, end
+        self._pool = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """The batch of `step`; raises what the data raises."""
+        if self._next is not None and self._next[0] == step:
+            found = self._next[1].result()
+        else:
+            found = self._data.batch(step, self._size)
+        if step + 1 < self._end:
+            self._next = (step + 1, self._pool.submit(self._data.batch, step + 1, self._size))
+        return found
+
+    def __enter__(self) -> _Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)

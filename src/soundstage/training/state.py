@@ -1,0 +1,139 @@
+"""What moves during a run: networks, optimisers, the average, the step. Phases of a staged run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from soundstage.core.errors import ConfigError
+from soundstage.training import checkpoint
+from soundstage.training.config import Optim, TrainConfig
+from soundstage.training.ema import Ema
+from soundstage.training.optim import Optimizer
+from soundstage.training.overrides import changed
+
+_FIXED = ("name", "model", "roles", "steps", "seed", "ema", "init", "stages", "out", "compile")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps start <= step < end under one configuration; the learning-rate schedule runs over `schedule`."""
+
+    start: int
+    end: int
+    config: TrainConfig
+    schedule: tuple[int, int]
+
+
+def phases(config: TrainConfig) -> tuple[Phase, ...]:
+    """The stages of a run in order; one phase without stages. Raises ConfigError for a stage that cannot be."""
+    starts, configs, now = [0], [config], config
+    for stage in config.stages:
+        fixed = [key for key in stage.changes if key.split(".")[0] in _FIXED]
+        if fixed:
+            raise ConfigError(f"stages: the stage at step {stage.start} cannot change {', '.join(fixed)}")
+        if stage.start >= config.steps:
+            break
+        now = changed(now, stage.changes)
+        starts.append(stage.start)
+        configs.append(now)
+    renewed = [0] + [s for s, a, b in zip(starts[1:], configs[:-1], configs[1:], strict=True) if a.optim != b.optim]
+    ends = [*starts[1:], config.steps]
+    return tuple(
+        Phase(start, end, now, _span(renewed, start, config.steps))
+        for start, end, now in zip(starts, ends, configs, strict=True)
+    )
+
+
+def _span(renewed: list[int], start: int, steps: int) -> tuple[int, int]:
+    """Where the schedule that is running at `start` began, and where it ends."""
+    begin = max(at for at in renewed if at <= start)
+    return begin, min([at for at in renewed if at > begin], default=steps)
+
+
+@dataclass
+class State:
+    """A run at `step` steps taken. nets: role to module; optimizers: of the roles that move."""
+
+    step: int
+    nets: dict[str, nn.Module]
+    optimizers: dict[str, Optimizer]
+    ema: Ema | None
+    device: torch.device
+
+    @property
+    def student(self) -> nn.Module:
+        """The averaged student where there is one: what to generate with."""
+        return self.ema.module if self.ema else self.nets["student"]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds: the roles that move, and "ema"."""
+        moving = {role: self.nets[role] for role in self.optimizers}
+        return {**moving, "ema": self.ema.module} if self.ema else moving
+
+    def save(self, folder: Path, keep: int) -> Path:
+        """Write a checkpoint of this moment."""
+        optimizers = {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()}
+        return checkpoint.save(folder, self.step, self.modules(), {"optimizers": optimizers}, keep=keep)
+
+    def load(self, path: Path) -> None:
+        """Go to the moment of a checkpoint; raises WeightsError when it is of other networks or optimisers."""
+        saved = checkpoint.load(path, self.modules())
+        for role, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][role])
+        self.step = checkpoint.step_of(path)
+
+    def renew(self, before: TrainConfig, now: TrainConfig) -> None:
+        """Give the student the optimiser of a new phase; its moments stay where the kind does."""
+        if before.optim == now.optim:
+            return
+        old = self.optimizers["student"]
+        # between turns of other roles the student collects no gradients
+        for parameter in old.parameters:
+            parameter.requires_grad_(True)
+        new = Optimizer(self.nets["student"], now.optim)
+        if before.optim.kind == now.optim.kind:
+            new.load_state_dict(old.state_dict())
+        self.optimizers["student"] = new
+
+
+def build(config: TrainConfig, device: torch.device, optim: Optim | None = None) -> State:
+    """Networks with their first weights (drawn from the seed, or read from `init`), optimisers and average."""
+    torch.manual_seed(config.seed)
+    nets = {"student": config.model.build()}
+    nets |= {name: role.model.build() for name, role in config.roles.items()}
+    inits = {"student": config.init} | {name: role.init for name, role in config.roles.items()}
+    for name, module in nets.items():
+        if inits[name]:
+            checkpoint.load_weights(module, inits[name])  # type: ignore[arg-type]
+        module.to(device).train()
+    optims = {"student": optim or config.optim} | {name: role.optim for name, role in config.roles.items()}
+    ema = Ema(nets["student"], config.ema) if config.ema is not None else None
+    for name, module in nets.items():
+        if optims[name] is None:
+            module.eval().requires_grad_(False)
+        elif config.compile:
+            module.compile()
+    optimizers = {name: Optimizer(nets[name], kind) for name, kind in optims.items() if kind is not None}
+    return State(0, nets, optimizers, ema, device)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation function gets: the run at a moment, and a folder for samples."""
+
+    step: int
+    student: nn.Module
+    nets: dict[str, nn.Module]
+    config: TrainConfig
+    device: torch.device
+    folder: Path
+
+    @classmethod
+    def of(cls, state: State, config: TrainConfig, folder: Path) -> Validation:
+        """The validation of a run as it stands; `folder` is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(state.step, state.student, dict(state.nets), config, state.device, folder)
