@@ -99,9 +99,7 @@ class Counted:
         self.modalities: list[tuple[str, ...]] = []
         self.last: tuple[AV[Tensor], AV[Tensor], Conditions] | None = None
 
-    def __call__(
-        self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None
-    ) -> AV[Tensor]:
+    def __call__(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:
         self.batches.append(x_t.batch)
         self.modalities.append(x_t.modalities)
         self.last = (x_t, t, cond)

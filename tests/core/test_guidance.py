@@ -35,7 +35,12 @@ def both(modalities: tuple[str, ...], video: float, audio: float) -> AV[float]:
 
 
 def test_scale_one_is_the_conditional_call(
-    toy: Denoise, counted: Any, x: AV[Tensor], text: Conditions, negative: Conditions, at: At  # noqa: ANN401
+    toy: Denoise,
+    counted: Any,
+    x: AV[Tensor],
+    text: Conditions,
+    negative: Conditions,
+    at: At,  # noqa: ANN401
 ) -> None:
     net = counted(toy)
     out = Guided(net, negative, AV(1.0, 1.0), projection=APG())(x, at(0.5), text)
@@ -95,7 +100,12 @@ def test_guided_gaussians_move_the_mean(
 
 
 def test_interval(
-    toy: Denoise, counted: Any, x: AV[Tensor], text: Conditions, negative: Conditions, at: At  # noqa: ANN401
+    toy: Denoise,
+    counted: Any,
+    x: AV[Tensor],
+    text: Conditions,
+    negative: Conditions,
+    at: At,  # noqa: ANN401
 ) -> None:
     net = counted(toy)
     guided = Guided(net, negative, AV(4.0, 4.0), interval=(0.2, 0.6))
@@ -125,7 +135,12 @@ def test_interval_is_per_sample_and_per_step(
 
 
 def test_the_negative_takes_over_what_it_does_not_say(
-    toy: Denoise, counted: Any, x: AV[Tensor], text: Conditions, at: At, modalities: tuple[str, ...]  # noqa: ANN401
+    toy: Denoise,
+    counted: Any,
+    x: AV[Tensor],
+    text: Conditions,
+    at: At,
+    modalities: tuple[str, ...],  # noqa: ANN401
 ) -> None:
     net = counted(toy)
     positions = x.map(lambda z: torch.rand(4, z.shape[2], dtype=torch.float64))
@@ -154,9 +169,7 @@ def test_skip_layer_and_a_weak_negative(
     scale = AV(4.0, 3.0)
     for name in x.modalities:
         torch.testing.assert_close(out[name], strong[name] + (strong[name] - weak[name]))
-        torch.testing.assert_close(
-            ovi[name], weak_negative[name] + scale[name] * (strong[name] - weak_negative[name])
-        )
+        torch.testing.assert_close(ovi[name], weak_negative[name] + scale[name] * (strong[name] - weak_negative[name]))
 
 
 def test_cross_modal(

@@ -24,7 +24,13 @@ def first_step_kept(x: AV[Tensor]) -> AV[Tensor]:
 
 @pytest.mark.parametrize("full", [False, True], ids=["per step", "per cell"])
 def test_an_empty_mask_is_the_identity(
-    toy: Denoise, counted: Any, x: AV[Tensor], latents: AV[Tensor], text: Conditions, at: At, full: bool  # noqa: ANN401
+    toy: Denoise,
+    counted: Any,
+    x: AV[Tensor],
+    latents: AV[Tensor],
+    text: Conditions,
+    at: At,
+    full: bool,  # noqa: ANN401
 ) -> None:
     net = counted(toy)
     mask = x.map(lambda z: torch.ones_like(z) if full else torch.ones(z.shape[0], z.shape[2]))
@@ -40,7 +46,12 @@ def test_an_empty_mask_is_the_identity(
 
 
 def test_kept_steps_enter_clean_at_zero(
-    toy: Denoise, counted: Any, x: AV[Tensor], latents: AV[Tensor], text: Conditions, at: At  # noqa: ANN401
+    toy: Denoise,
+    counted: Any,
+    x: AV[Tensor],
+    latents: AV[Tensor],
+    text: Conditions,
+    at: At,  # noqa: ANN401
 ) -> None:
     net = counted(toy)
     seen_r: list[AV[Tensor]] = []
@@ -78,7 +89,12 @@ def test_every_sampler_ends_on_the_known_part(
 @pytest.mark.parametrize("modalities", [("video", "audio"), ("video",)], indirect=True)
 @pytest.mark.parametrize("name", ["euler", "heun", "unipc", "dpmpp_2m"])
 def test_kept_cells_enter_at_the_level_of_their_step(
-    toy: Denoise, counted: Any, x: AV[Tensor], latents: AV[Tensor], text: Conditions, name: str  # noqa: ANN401
+    toy: Denoise,
+    counted: Any,
+    x: AV[Tensor],
+    latents: AV[Tensor],
+    text: Conditions,
+    name: str,  # noqa: ANN401
 ) -> None:
     """Inpainting: at every step the network sees (1 - t) known + t noise at single kept cells."""
     mask = torch.ones(4, 1, 3, 1, 2)

@@ -125,9 +125,7 @@ def test_a_modality_held_clean_conditions_the_other(
     mean = gaussian.mean[made].flatten() + gain @ (value[0] - gaussian.mean[given]).flatten()
     z = out[made].flatten(1)
     torch.testing.assert_close(z.mean(0), mean, atol=1e-2, rtol=0)
-    torch.testing.assert_close(
-        z.T.cov(correction=0), gaussian.cov[a, a] - gain @ gaussian.cov[b, a], atol=2e-2, rtol=0
-    )
+    torch.testing.assert_close(z.T.cov(correction=0), gaussian.cov[a, a] - gain @ gaussian.cov[b, a], atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("name", [*SAMPLERS])
@@ -204,9 +202,7 @@ def test_renoise_rule(toy: Callable[..., AV[Tensor]], x: AV[Tensor], text: Condi
     x_t = 0.5 * x0 + 0.5 * rng.fold("renoise", 0).normal_like(x)
     expected = to_x0(x_t, toy(x_t, at(0.5), text), at(0.5))
     out = renoise(toy, x, times, text, rng=rng)
-    third = renoise(
-        toy, x.map(lambda z: z[2:3]), times, text.map(lambda z: z[2:3]), rng=Rng.of(3, 1, start=2)
-    )
+    third = renoise(toy, x.map(lambda z: z[2:3]), times, text.map(lambda z: z[2:3]), rng=Rng.of(3, 1, start=2))
     for name in x.modalities:
         torch.testing.assert_close(out[name], expected[name])
         torch.testing.assert_close(third[name][0], out[name][2])

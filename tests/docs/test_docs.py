@@ -78,14 +78,15 @@ def test_every_command_line_on_a_page_exists(page: Path) -> None:
 
 
 def _recipes() -> list[tuple[str, str]]:
-    """(module:function, docstring) of every recipe: a public function in `recipes` that returns a TrainConfig."""
+    """(module:function, docstrings of it and of its module) of each public function returning a TrainConfig."""
     found = []
     for path in sorted(RECIPES.rglob("*.py")):
         module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
             returns = ast.unparse(node.returns) if isinstance(node, ast.FunctionDef) and node.returns else ""
             if isinstance(node, ast.FunctionDef) and returns.endswith("TrainConfig") and not node.name.startswith("_"):
-                found.append((f"{module}:{node.name}", ast.get_docstring(node) or ""))
+                found.append((f"{module}:{node.name}", f"{ast.get_docstring(node)}\n{ast.get_docstring(tree)}"))
     return found
 
 
@@ -95,7 +96,7 @@ def test_every_recipe_is_documented() -> None:
     pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert not [name for name, _ in recipes if not re.search(rf"{re.escape(name)}\b", pages)], "no page names it"
     silent = [name for name, text in recipes if f"soundstage train {name}" not in text]
-    assert not silent, "its docstring gives no command (then hardware, time, and the number reached or 'not yet run')"
+    assert not silent, "its docstring gives no command"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
@@ -119,6 +120,12 @@ def test_every_page_is_on_the_map(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", index.read_text(encoding="utf-8"))
     reached = {(index.parent / link).resolve() for link in links if ":" not in link}
     assert page == index or page in reached or page.parent in reached
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_python_that_is_shown_and_not_run_parses(page: Path) -> None:
+    for block in _blocks(page, "python notest"):
+        compile(block, _name(page), "exec")
 
 
 @pytest.mark.slow

@@ -36,7 +36,10 @@ def test_a_folder_is_scored_and_reported(capsys: pytest.CaptureFixture[str]) -> 
     assert told["settings"]["threads"] >= 1
     code, out, _ = run(capsys, "--clips", "clips", "--out", "scores")
     assert code == 0
-    assert out == Path("scores/report.md").read_text(encoding="utf-8") + "\n"
+    table = {line[: line.find("  ")]: line.split()[-6:] for line in out.splitlines()}
+    assert table["clips"][:2] == ["2", "1"]
+    assert table["clips, no sound"][:2] == ["2", "0"]
+    assert "# Suite world" in Path("scores/report.md").read_text(encoding="utf-8")
     code, _, err = run(capsys, "--clips", "clips", "--out", "scores", "--seed", "1")
     assert code == 2
     assert "scores holds scores with seed 0, not 1; choose another folder with --out" in err

@@ -34,8 +34,13 @@ class Delayed:
     calls: list[str] = field(default_factory=list)
 
     def generate(
-        self, prompts: Sequence[str], *, seed: Sequence[int], task: str, audio: Sequence[Clip] | None = None,
-        video: Sequence[Clip] | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: Sequence[int],
+        task: str,
+        audio: Sequence[Clip] | None = None,
+        video: Sequence[Clip] | None = None,
     ) -> list[Generated]:
         assert len(seed) == len(prompts)
         self.calls.append(task)
@@ -84,8 +89,14 @@ def test_a_late_sound_is_seen_in_the_scores(tmp_path: Path) -> None:
     report = build(run(items, tmp_path, generator=Delayed([*items, *held]), held_out=held), {})
     assert next(iter(report.rows)) == "model"
     assert set(report.rows) == {
-        "model", "model, shuffled sound", "model, no sound", "model, a2v", "model, v2a", "model, held-out cells",
-        "real clips", "real clips, shuffled sound",
+        "model",
+        "model, shuffled sound",
+        "model, no sound",
+        "model, a2v",
+        "model, v2a",
+        "model, held-out cells",
+        "real clips",
+        "real clips, shuffled sound",
     }
     assert report.get("model", "offset_ms").value == pytest.approx(30, abs=3)
     assert report.get("model", "f1@20").value < 0.2
@@ -94,14 +105,19 @@ def test_a_late_sound_is_seen_in_the_scores(tmp_path: Path) -> None:
     assert report.get("model", "offset_ms").floor == report.get("real clips", "offset_ms").value
     assert report.get("model, held-out cells", "f1@45").num == 3
     checks = {(row, key): reached for row, key, _, _, reached in required(report)}
+    assert set(checks) >= {("model", key) for key in ("f1@45", "abs_offset_ms", "pitch_semitones", "colour", "kind")}
     assert checks["model", "f1@45"]
     assert not checks["model", "abs_offset_ms"]
 
 
 def test_a_blank_clip_scores_nothing() -> None:
     """Nothing seen and nothing heard is no sync."""
-    blank = Clip(frames=np.full((33, 64, 64, 3), 30, np.uint8), fps=Fraction(16),
-                 wave=np.zeros((1, 33000), np.float32), sample_rate=16000)
+    blank = Clip(
+        frames=np.full((33, 64, 64, 3), 30, np.uint8),
+        fps=Fraction(16),
+        wave=np.zeros((1, 33000), np.float32),
+        sample_rate=16000,
+    )
     for item in stream_items(4, kinds=(*EVENTS, "typing")):
         scores = Oracle()(blank, item.wanted)
         assert scores["f1@45"] == scores["recall@45"] == scores["precision@45"] == 0

@@ -66,9 +66,7 @@ class RandomDenoiser(torch.nn.Module):
         self.other = AV(torch.randn(3, 8, generator=generator), torch.randn(8, 3, generator=generator))
         self.words = AV(torch.randn(256, 3, generator=generator), torch.randn(256, 8, generator=generator))
 
-    def forward(
-        self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None
-    ) -> AV[Tensor]:
+    def forward(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:
         assert r is None
         means = x_t.map(lambda x: x.flatten(2).mean(2))
         out = {}

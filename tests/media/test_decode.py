@@ -25,7 +25,13 @@ CHANGED = {"fps": 10, "sample_rate": 22050, "channels": 1, "size": (20, 30)}
 @pytest.mark.parametrize("options", [AS_IS, CHANGED], ids=["native", "resampled"])
 @pytest.mark.parametrize(
     ("suffix", "fps", "sample_rate"),
-    [(".mp4", "24", 16000), (".mp4", "29.97", 44100), (".webm", "23.976", 48000), (".gif", "25", 16000), ("", "30", 16000)],
+    [
+        (".mp4", "24", 16000),
+        (".mp4", "29.97", 44100),
+        (".webm", "23.976", 48000),
+        (".gif", "25", 16000),
+        ("", "30", 16000),
+    ],
 )
 def test_ranges_join_to_the_whole(
     suffix: str, fps: str, sample_rate: int, options: dict, noise: Noise, tmp_path: Path
@@ -159,3 +165,33 @@ def test_memory_follows_the_range_not_the_file(tmp_path: Path) -> None:
     assert peak < 3 * clip.frames.nbytes < 300 * 96 * 128 * 3 / 6
     assert streaming < clip.frames.nbytes + 10 * 96 * 128 * 3
     assert list(clip.frames[:, 50, 50, 0] // 8) == pytest.approx(list(np.arange(210, 225) // 8), abs=1)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".flac"])
+def test_late_ranges_seek_and_still_sound_the_same(
+    suffix: str, noise: Noise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(noise(7.0, sample_rate=48000, channels=1).without("video"), tmp_path / f"sound{suffix}")
+    whole = read(path, video=False, sample_rate=16000).wave
+    monkeypatch.setattr("soundstage.media.decode.SOUND_FROM_START", 3)
+    part = read(path, start=5.25, end=6, video=False, sample_rate=16000).wave
+    np.testing.assert_allclose(part, whole[:, 84_000:96_000], atol=1e-6)
+
+
+def test_late_sound_begins_with_silence(tmp_path: Path) -> None:
+    path = tmp_path / "late.mkv"
+    wave = np.full((1, 24_000), 0.5, np.float32)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        audio = container.add_stream("flac", rate=48000, layout="mono")
+        for _ in range(10):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        sound = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        sound.sample_rate, sound.pts, sound.time_base = 48000, 12_000, Fraction(1, 48000)
+        container.mux([*video.encode(), *audio.encode(sound), *audio.encode()])
+    back = read(path)
+    assert back.wave.shape == (1, 36_000)
+    assert not back.wave[0, :12_000].any()
+    np.testing.assert_allclose(back.wave[0, 12_000:], 0.5, atol=1e-4)
+    np.testing.assert_array_equal(read(path, start=0.2, end=0.5).wave, back.wave[:, 9_600:24_000])

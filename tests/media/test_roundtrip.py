@@ -98,7 +98,9 @@ def test_surround_and_missing_sound(suffix: str, noise: Noise, tmp_path: Path) -
     np.testing.assert_array_equal(silent.frames, back.frames)
 
 
-@pytest.mark.parametrize(("suffix", "size"), [(".mp4", (34, 46)), (".webm", (33, 45)), (".gif", (33, 45)), ("", (33, 45))])
+@pytest.mark.parametrize(
+    ("suffix", "size"), [(".mp4", (34, 46)), (".webm", (33, 45)), (".gif", (33, 45)), ("", (33, 45))]
+)
 def test_odd_sizes(suffix: str, size: tuple[int, int], tmp_path: Path) -> None:
     frames = np.zeros((6, 33, 45, 3), np.uint8)
     frames[:, :16] = [255, 0, 0]
@@ -121,7 +123,7 @@ def test_colours_survive_and_gif_palette_fits(noise: Noise, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("suffix", [".mp4", ".m4a", ".webm", ".flac"])
 def test_tags_survive(suffix: str, noise: Noise, tmp_path: Path) -> None:
-    tags = {"title": "Ein Ball, größer", "comment": 'soundstage generate "a ball"\n--seed 3', "soundstage": '{"seed": 3}'}
+    tags = {"title": "größer", "comment": 'soundstage generate "a ball"\n--seed 3', "soundstage": '{"seed": 3}'}
     back = read(write(noise(0.3), tmp_path / f"clip{suffix}", metadata=tags), video=suffix in (".mp4", ".webm"))
     assert back.metadata == tags
 

@@ -40,3 +40,12 @@ def test_words_are_pooled_apart_and_order_matters() -> None:
     assert read("a b c d e f")[1].tolist() == [[True] * 5]
     for other in ("ball red", "der ball", "red bell"):
         assert float((read(other)[0][0, :3] - features[0, :3]).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_bytes_beyond_the_alphabet_share_its_last_place() -> None:
+    text = ByteText(ByteTextConfig(16, 1, 2, alphabet=128)).eval()
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    above, last, other = (text(torch.tensor([[97, value]]), mask)[0] for value in (200, 127, 98))
+    assert torch.equal(above, last)
+    assert not torch.equal(above, other)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from soundstage.media.clip import Clip
-from soundstage.world import KINDS
 from soundstage.world.oracle import evaluate_clip, observe
 from soundstage.world.spec import Scene
 
@@ -45,10 +44,13 @@ def waves(how: str, num: int, rng: np.random.Generator) -> np.ndarray:
     return wave.astype(np.float32)[None]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SCENES["duet"] = Scene(**{**vars(SCENES["bounce"]), "kind": "duet", "other": SCENES["bounce"]})
+
+
+@pytest.mark.parametrize("kind", SCENES)
 @pytest.mark.parametrize("picture", ["noise", "flicker", "blobs", "black", "white"])
 def test_any_picture_and_sound_can_be_read(kind: str, picture: str) -> None:
-    rng = np.random.default_rng([KINDS.index(kind), len(picture)])
+    rng = np.random.default_rng([list(SCENES).index(kind), len(picture)])
     for num, size, rate, sound in ((1, 8, 8000, "noise"), (2, 17, 16000, "clicks"), (9, 8, 8000, "clicks"),
                                    (9, 8, 8000, "silence"), (9, 8, 16000, "noise"), (17, 33, 16000, "constant")):
         fps = Fraction(8)
@@ -57,7 +59,7 @@ def test_any_picture_and_sound_can_be_read(kind: str, picture: str) -> None:
         assert all(np.isfinite(value) for value in scores.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCENES)
 def test_picture_or_sound_may_be_absent(kind: str) -> None:
     rng = np.random.default_rng(3)
     picture = Clip(frames("blobs", 17, 32, rng), Fraction(8))

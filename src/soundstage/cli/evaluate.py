@@ -69,10 +69,12 @@ def _settings(
     generator: Generator | None, clips: Path | None, seed: int, kinds: tuple[str, ...] | None, request: dict[str, Any]
 ) -> dict[str, Any]:
     """What makes two runs comparable; scores of different settings never share a folder."""
+    from soundstage import __version__
     from soundstage.evaluation.report import fingerprint
 
     return {
         "suite": "world",
+        "soundstage": __version__,
         "model": generator.system.name if generator else None,
         "weights": fingerprint(generator.system) if generator else None,
         "clips": str(clips) if clips else None,
@@ -105,8 +107,17 @@ def _run(
     suite.claim(out, settings)
     request = {name: settings[name] for name in ("steps", "guidance") if name in settings}
     with progress("scoring", len(items) + len(held_out)) as advance:
-        records = suite.run(items, out, generator=generator, held_out=held_out, tasks=tasks, seed=seed,
-                            to=suite.Format.of(generator), request=request, on_item=lambda done, _: advance.reach(done))
+        records = suite.run(
+            items,
+            out,
+            generator=generator,
+            held_out=held_out,
+            tasks=tasks,
+            seed=seed,
+            to=suite.Format.of(generator),
+            request=request,
+            on_item=lambda done, _: advance.reach(done),
+        )
     report = build(records, {**settings, "num": len(items), **environment()})
     write(report, out)
     return report
@@ -114,10 +125,10 @@ def _run(
 
 def _show(report: Report, out: Path, as_json: bool) -> None:
     from soundstage.evaluation.report import as_json as plain
-    from soundstage.evaluation.tables import markdown
+    from soundstage.evaluation.tables import summary
 
     if as_json:
         typer.echo(json.dumps(plain(report)))
     else:
-        typer.echo(markdown(report))
+        typer.echo(summary(report))
         typer.echo(f"written to {out / 'report.md'} and {out / 'report.json'}", err=True)

@@ -73,8 +73,15 @@ def command(
     wanted = _wanted(sentences, num, seed)
     _check_format(out)
     request: dict[str, Any] = {
-        "task": task, "image": image, "audio": audio, "video": video, "steps": steps, "sampler": sampler,
-        "guidance": _pair("guidance", guidance), "duration": duration, "strength": _pair("strength", strength),
+        "task": task,
+        "image": image,
+        "audio": audio,
+        "video": video,
+        "steps": steps,
+        "sampler": sampler,
+        "guidance": _pair("guidance", guidance),
+        "duration": duration,
+        "strength": _pair("strength", strength),
         "ranges": [_range(text) for text in range_ or []],
     }
     given = {"image": image, "audio": audio, "video": video, "model": model}

@@ -78,8 +78,7 @@ class Known:
 def _check_mask(latents: Tensor, mask: Tensor) -> None:
     per_step = (latents.shape[0], latents.shape[2])
     per_cell = mask.ndim == latents.ndim and all(
-        a in (1, b) if axis == 1 else a == b
-        for axis, (a, b) in enumerate(zip(mask.shape, latents.shape, strict=True))
+        a in (1, b) if axis == 1 else a == b for axis, (a, b) in enumerate(zip(mask.shape, latents.shape, strict=True))
     )
     if tuple(mask.shape) != per_step and not per_cell:
         raise ShapeError(

@@ -67,8 +67,10 @@ class Format:
             return cls()
         to = canvas(generator.system)
         if to.size[0] != to.size[1] or not 16 <= to.size[0] <= 256 or not to.num_frames or not to.num_samples:
-            raise RequestError(f"model {generator.system.name}: makes {to.size[0]} x {to.size[1]} pixels and "
-                               f"{to.num_samples} samples; the world needs a square of 16 to 256 pixels, and sound")
+            raise RequestError(
+                f"model {generator.system.name}: makes {to.size[0]} x {to.size[1]} pixels and "
+                f"{to.num_samples} samples; the world needs a square of 16 to 256 pixels, and sound"
+            )
         return cls(to.size[0], to.fps, to.num_frames, to.sample_rate)
 
     def render(self, item: Item) -> Clip:
@@ -192,8 +194,10 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     other = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if other:
         name = other[0]
-        raise RequestError(f"out: {out} holds scores with {name} {before.get(name)!r}, not {settings.get(name)!r}; "
-                           "choose another folder with --out")
+        raise RequestError(
+            f"out: {out} holds scores with {name} {before.get(name)!r}, not {settings.get(name)!r}; "
+            "choose another folder with --out"
+        )
 
 
 def read_records(path: Path) -> list[Record]:
@@ -211,8 +215,14 @@ def _record(row: str, item: Item, clip: Clip, metric: Metric) -> Record:
     measured = metric(clip, item.wanted).items()
     scores = {key: round(float(value), 6) for key, value in measured if np.isfinite(value)}
     features = [round(float(value), 5) for value in describe(clip)]
-    return {"row": row, "id": item.id, "kind": item.kind, "caption": item.caption, "scores": scores,
-            "features": features}
+    return {
+        "row": row,
+        "id": item.id,
+        "kind": item.kind,
+        "caption": item.caption,
+        "scores": scores,
+        "features": features,
+    }
 
 
 def _blocks(items: Sequence[Item], per_kind: int) -> list[list[Item]]:
@@ -263,8 +273,11 @@ class _Maker:
         subject = "clips" if block[0].path else "model" if self.generator else None
         if subject == "clips" or (subject and "t2av" in self.tasks):
             source = "clips" if subject == "clips" else "t2av"
-            rows += [(subject, False, source), (f"{subject}, shuffled sound", True, source),
-                     (f"{subject}, no sound", False, source)]
+            rows += [
+                (subject, False, source),
+                (f"{subject}, shuffled sound", True, source),
+                (f"{subject}, no sound", False, source),
+            ]
         elif subject is None:
             rows.append(("real clips, no sound", False, "real"))
         if subject == "model":

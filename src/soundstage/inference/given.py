@@ -231,4 +231,3 @@ def _padded(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
     steps = min(latents.shape[1], shape[1])
     full[:, :steps] = latents[:, :steps]
     return full
-

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # the beginning of the file (about 1 ms per second of sound) and equals the whole to the last bit. Later ranges start
 # decoding this many seconds early.
 SOUND_FROM_START, SOUND_LEAD = 60, 2
+# Formats that do not stamp every frame: after a seek the times of frames would be guesses.
+UNSTAMPED = {"mpeg", "mpegvideo", "h264", "hevc", "m4v"}
 
 
 def read(
@@ -223,6 +225,8 @@ def _decoded(
             if source is None:
                 remedy = "pass video=False to read its sound"
                 raise MediaError("holds no picture", remedy=remedy, path=path)
+            if back is not None and container.format.name in UNSTAMPED:
+                continue
             stream.fps = stream_rate(source.stream)
             stream.phase = max(Fraction(0), (source.stream.start_time or 0) * source.stream.time_base - source.origin)
             stream.tick = min(Fraction(source.stream.time_base), 1 / (4 * stream.fps))
@@ -337,7 +341,8 @@ def _read_sound(
         native, rate = context.sample_rate, sample_rate or context.sample_rate
         count = channels or context.channels
         anchor = 0
-        if zero > SOUND_FROM_START:
+        # Where timestamps are coarser than a sample (1 ms in webm), only counting from the beginning is exact.
+        if zero > SOUND_FROM_START and source.stream.time_base * native <= 1:
             # A whole second is a whole number of samples at every rate, so the resampler's grid does not move.
             anchor = int(zero) - SOUND_LEAD
         convert = resampler(native, rate, count)

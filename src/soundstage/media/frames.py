@@ -13,7 +13,7 @@ Size = tuple[int, int]
 
 
 def resize(frames: np.ndarray, size: Size) -> np.ndarray:
-    """(F, H, W, C) uint8 -> (F, height, width, C) uint8, bicubic and free of aliasing, without regard to proportions."""
+    """(F, H, W, C) uint8 -> (F, height, width, C) uint8, bicubic, free of aliasing, without regard to proportions."""
     height, width = _checked(size)
     if frames.shape[1:3] == (height, width):
         return frames

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
 
 from soundstage.media.errors import MediaError
+from soundstage.media.geometry import half_up
 
 # What each channel is, by channel count, in the order of ffmpeg's default layouts: Left, Right, Centre, Woofer.
 ROLES = {1: "C", 2: "LR", 3: "LRC", 4: "LRLR", 5: "LRCLR", 6: "LRCWLR", 7: "LRCWCLR", 8: "LRCWLRLR"}
 
 
 def resample(wave: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    """(channels, samples) -> (channels, ceil(samples * new_rate / rate)), band-limited (soxr, high quality)."""
+    """(channels, samples) -> (channels, samples * new_rate / rate to the nearest), band-limited (soxr)."""
     out = resampler(rate, new_rate, wave.shape[0])(wave, True)
-    count = -(-wave.shape[1] * new_rate // rate)
+    count = half_up(Fraction(wave.shape[1] * new_rate, rate))
     return np.pad(out[:, :count], ((0, 0), (0, max(count - out.shape[1], 0))))
 
 

@@ -20,13 +20,14 @@ from soundstage.core.times import Joint, LogitNormal
 from soundstage.data.clips import Clips
 from soundstage.data.latents import Latents
 from soundstage.data.records import ClipShape, Sample, to_media
+from soundstage.evaluation.oracle import Oracle
 from soundstage.evaluation.suite import stream_items
 from soundstage.inference.generator import Generator
 from soundstage.models.codecs.audio import AudioCodecConfig
 from soundstage.models.codecs.pair import PairCodec, fit_statistics
 from soundstage.models.codecs.video import VideoCodecConfig
 from soundstage.models.system import save_system
-from soundstage.models.text.bytes import tokenize
+from soundstage.models.text.bytes import ByteTextConfig, tokenize
 from soundstage.models.unified_dit import UnifiedDiTConfig
 from soundstage.objectives.flow_matching import FlowMatching
 from soundstage.objectives.reconstruction import MultiResolutionSTFT, Reconstruction, Salient, absolute, change
@@ -34,7 +35,6 @@ from soundstage.training.checkpoint import load_weights
 from soundstage.training.config import Optim, TrainConfig
 from soundstage.training.state import Validation
 from soundstage.world import KINDS, render, stream_item
-from soundstage.world.oracle import evaluate_clip
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def tiny() -> TrainConfig:
     tasks = {"t2av": 0.5, "a2v": 0.1, "v2a": 0.1, "i2av": 0.08, "extension": 0.06, "inpainting_time": 0.06}
     return TrainConfig(
         name="world-tiny",
-        model=UnifiedDiTConfig(),
+        model=UnifiedDiTConfig(text=ByteTextConfig(alphabet=128)),
         objective=FlowMatching(
             times=Joint(AV(video=LogitNormal(0.4, 1.2), audio=LogitNormal(0.4, 1.2))),
             tasks=tasks | {"t2v": 0.05, "t2a": 0.05},
@@ -163,7 +163,7 @@ def tiny() -> TrainConfig:
     )
 
 
-SAMPLING = Sampling("euler", 40, AV(video=2.0, audio=2.0), AV(video=3.0, audio=3.0))
+SAMPLING = Sampling("dpmpp_2m", 20, AV(video=3.0, audio=3.0), AV(video=3.0, audio=3.0))
 """How the tiny model is sampled unless asked otherwise."""
 
 
@@ -189,7 +189,7 @@ def score(validation: Validation) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for item, one in zip(items, made, strict=True):
         one.save(validation.folder / f"{item.id}.mp4")
-        for key, value in evaluate_clip(one.clip, item.scene).items():
+        for key, value in Oracle()(one.clip, item.wanted).items():
             found.setdefault(key, []).append(value)
     wanted = ("f1@45", "abs_offset_ms", "kind", "colour", "pitch_semitones", "misses", "hallucinations")
     return {f"world/{key}": float(np.nanmean(found[key])) for key in wanted if not np.isnan(found[key]).all()}

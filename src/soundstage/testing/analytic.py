@@ -77,9 +77,7 @@ class Gaussian:
         """The same data as a mixture of one."""
         return Mixture(self.mean.map(lambda m: m[None]), self.cov[None], self.cov.new_ones(1))
 
-    def __call__(
-        self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None
-    ) -> AV[Tensor]:
+    def __call__(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:
         """Exact velocity; with r the exact mean velocity from t to r < t, where flow() holds."""
         if r is None:
             return self.mixture(x_t, t, cond)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,6 +51,7 @@ TEMPLATES = {
     "offscreen": ("something {material} knocks {times} off screen", "off screen, something {material} knocks {times}",
                   "an unseen {material} thing knocks {times}", "out of sight, a {material} object knocks {times}"),
 }
+DUETS = ("{} and {}", "{} while {}", "{}, {}")
 NOUNS = {"metronome": ("metronome", "pendulum"), "engine": ("engine", "motor"), "typing": ("keyboard",),
          "talker": ("face",), "roll": ("ball",)}
 
@@ -89,9 +91,17 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
     Lower case, at most 120 bytes and 20 words.
     """
+    if scene.other is not None:
+        joint = _Writer(rng).pick(DUETS)
+        return joint.format(*(_single(replace(s, kind="bounce", other=None), rng, 1) for s in (scene, scene.other)))
+    return _single(scene, rng, None)
+
+
+def _single(scene: Scene, rng: np.random.Generator | None, num: int | None) -> str:
+    """A caption of one source, from the first `num` wordings of its kind (default: all)."""
     say = _Writer(rng)
     templates = TEMPLATES.get(scene.kind) or TREND_PHRASES[scene.kind][scene.trend]
-    template = say.pick(templates)
+    template = say.pick(templates[:num])
     parts: dict[str, str] = {"colour": scene.colour or "", "side": scene.side or ""}
     if "{thing}" in template:
         parts["thing"] = say.thing(scene)
@@ -159,6 +169,14 @@ def _bpm(text: str) -> int | None:
 def parse(text: str) -> dict[str, object]:
     """The fields that a caption names, with the names and values of `Scene.fields`; unknown words are ignored."""
     text = " ".join(text.lower().replace("hi-hat", "hat").split())
+    parts = [_read(part) for part in re.split(r" and | while |, ", text)]
+    if len(parts) == 2 and all({"kind", "shape", "count"} <= part.keys() for part in parts):
+        return {**parts[0], "kind": "duet", "other": parts[1]}
+    return _read(text)
+
+
+def _read(text: str) -> dict[str, object]:
+    """The fields that one clause names."""
     found: dict[str, object | None] = {"kind": _find(KIND_PATTERNS, text)}
     kind = found["kind"]
     found["colour"] = _find([(c, c) for c in COLOURS] + [(c, word) for word, c in COLOUR_SYNONYMS.items()], text)

@@ -71,7 +71,7 @@ def shift_error(rendered: Rendered, shift_ms: float, how: str = "clean", seed: i
     """Measured offset minus the injected one, in ms; nan where no offset could be measured."""
     clip = disturb(shift_sound(rendered.clip, shift_ms / 1000), how, seed)
     found = score(observe(clip, rendered.scene.kind), rendered.scene)
-    name = "offset_ms" if rendered.scene.kind in EVENT_KINDS else "lag_ms"
+    name = "lag_ms" if rendered.scene.kind in LAG_KINDS else "offset_ms"
     return found.get(name, float("nan")) - shift_ms
 
 
@@ -120,3 +120,13 @@ def chance(num: int = 64, seed: int = 9002, kinds: Sequence[str] = EVENT_KINDS) 
                      "error": float(np.std(permuted) / np.sqrt(num)), "uniform": float(np.mean(uniform)),
                      "independent": float(np.mean(pairs))})
     return rows
+
+
+def markdown(rows: Sequence[dict[str, object]]) -> str:
+    """Rows as a Markdown table."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = [row.get(name, "") for name in names]
+        lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Scene:
 
     A field is None where the kind has no such thing. `bpm` is beats per minute, `count` the number of impacts,
     keys or knocks inside the clip, `pattern` the drums or vowels in order, `trend` the course of an engine or a
-    rolling ball, `side` a typing hand or a rolling direction.
+    rolling ball, `side` a typing hand or a rolling direction, `other` the second body of a duet.
     """
 
     kind: str
@@ -70,11 +70,13 @@ class Scene:
     pattern: tuple[str, ...] | None = None
     trend: str | None = None
     side: str | None = None
+    other: Scene | None = None
 
     @property
     def fields(self) -> dict[str, object]:
         """The named fields that are set: what a caption of this scene must say."""
-        return {k: v for k, v in vars(self).items() if k != "seed" and v is not None}
+        named = {k: v for k, v in vars(self).items() if k != "seed" and v is not None}
+        return named if self.other is None else named | {"other": self.other.fields}
 
     @property
     def radius(self) -> float:
@@ -103,6 +105,7 @@ CHOICES: dict[str, dict[str, Sequence[object]]] = {
     "offscreen": {"material": tuple(MATERIALS), "count": (1, 2, 3, 4, 5)},
 }
 KINDS = tuple(CHOICES)
+EXTRA_KINDS = ("duet",)  # drawn only when asked for
 HOLDOUT_KINDS = ("bounce", "metronome", "roll")
 
 
@@ -126,6 +129,8 @@ def _sequence(rng: np.random.Generator, words: Sequence[str], length: int) -> tu
 
 
 def _draw(rng: np.random.Generator, kind: str) -> Scene:
+    if kind == "duet":
+        return _draw_duet(rng)
     named: dict[str, object] = {k: v[int(rng.integers(len(v)))] for k, v in CHOICES[kind].items()}
     if kind == "drums":
         named["pattern"] = _sequence(rng, DRUMS, 4)
@@ -134,13 +139,22 @@ def _draw(rng: np.random.Generator, kind: str) -> Scene:
     return Scene(kind=kind, seed=int(rng.integers(2**31)), **named)  # type: ignore[arg-type]
 
 
+def _draw_duet(rng: np.random.Generator) -> Scene:
+    """Two bouncing bodies of different colours, at least four semitones apart, with at most three impacts each."""
+    while True:
+        first, second = (_draw(rng, "bounce") for _ in range(2))
+        apart = abs(np.log2(pitch(first.material, first.size) / pitch(second.material, second.size)))
+        if first.colour != second.colour and apart > 1 / 3 and max(first.count, second.count) <= 3:
+            return replace(first, kind="duet", other=second)
+
+
 def sample_scene(rng: np.random.Generator, *, kinds: Sequence[str] | None = None, holdout: bool = False) -> Scene:
     """Draw a scene; with `holdout` only from the held-out cells, otherwise never from them.
 
-    kinds: names to choose from evenly (default: every kind of the world; with `holdout` those that have cells).
+    kinds: names to choose from evenly (default: KINDS; with `holdout` those that have cells).
     """
     names = tuple(kinds) if kinds is not None else (HOLDOUT_KINDS if holdout else KINDS)
-    allowed = HOLDOUT_KINDS if holdout else KINDS
+    allowed = HOLDOUT_KINDS if holdout else KINDS + EXTRA_KINDS
     for name in names:
         if name not in allowed:
             why = " (only these have a material, a size and a colour to hold out)" if holdout else ""
@@ -148,5 +162,5 @@ def sample_scene(rng: np.random.Generator, *, kinds: Sequence[str] | None = None
     kind = names[int(rng.integers(len(names)))]
     while True:
         scene = _draw(rng, kind)
-        if is_held_out(scene) == holdout:
+        if is_held_out(scene) == holdout and (scene.other is None or not is_held_out(scene.other)):
             return scene

@@ -23,13 +23,17 @@ SPACE = 32
 
 @dataclass(frozen=True)
 class ByteTextConfig:
-    """width: of the word tokens. depth: transformer layers. max_words: later words share the last place."""
+    """width: of the word tokens. depth: transformer layers. max_words: later words share the last place.
+
+    alphabet: byte values with an embedding of their own; larger ones share the last. 128 is ASCII.
+    """
 
     width: int = 128
     depth: int = 2
     num_heads: int = 4
     max_words: int = 24
     max_bytes: int = 160
+    alphabet: int = 256
 
 
 def tokenize(prompts: Sequence[str], max_bytes: int = ByteTextConfig.max_bytes) -> Conditions:
@@ -40,7 +44,9 @@ def tokenize(prompts: Sequence[str], max_bytes: int = ByteTextConfig.max_bytes) 
     coded = [" ".join(prompt.lower().split()).encode() for prompt in prompts]
     for prompt, code in zip(prompts, coded, strict=True):
         if len(code) > max_bytes:
-            raise RequestError(f"the prompt has {len(code)} bytes and the model reads {max_bytes}: shorten {prompt!r}")
+            raise RequestError(
+                f"the prompt has {len(code)} bytes and the model reads {max_bytes}: shorten {prompt[:40]!r}..."
+            )
     length = max(1, *(len(code) for code in coded))
     ids = torch.zeros(len(coded), length, dtype=torch.int64)
     for row, code in enumerate(coded):
@@ -55,7 +61,7 @@ class ByteText(nn.Module):
     def __init__(self, config: ByteTextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(256, config.width // 2)
+        self.embed = nn.Embedding(config.alphabet, config.width // 2)
         self.spell = nn.Conv1d(config.width // 2, config.width, 5, padding=2)
         self.word = nn.Linear(config.width, config.width)
         self.place = nn.Parameter(torch.randn(config.max_words, config.width) * 0.02)
@@ -65,7 +71,9 @@ class ByteText(nn.Module):
 
     def forward(self, ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Returns features (B, 1 + W, D) and their bool mask (B, 1 + W)."""
-        spelled = self.spell((self.embed(ids_BS) * mask_BS[..., None]).transpose(1, 2)).transpose(1, 2)
+        spelled = self.spell(
+            (self.embed(ids_BS.clamp_max(self.config.alphabet - 1)) * mask_BS[..., None]).transpose(1, 2)
+        ).transpose(1, 2)
         letters = mask_BS & (ids_BS != SPACE)
         word_BS = ((ids_BS == SPACE) & mask_BS).cumsum(1).clamp_max(self.config.max_words - 1)
         member_BSW = F.one_hot(word_BS, self.config.max_words) * letters[..., None]

@@ -10,6 +10,7 @@ from soundstage.world.stage import Stage
 
 PERFORM: dict[str, Callable[[Stage, Scene], None]] = {
     "bounce": bounce.perform,
+    "duet": bounce.duet,
     "metronome": metronome.perform,
     "drums": drums.perform,
     "engine": engine.perform,

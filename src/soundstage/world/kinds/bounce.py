@@ -36,22 +36,45 @@ def flight(t: np.ndarray, times: np.ndarray, fall: float, drop: float) -> np.nda
     return np.where(t < times[0] - fall, drop, np.maximum(height, 0.0))
 
 
+def _restitution(scene: Scene) -> float:
+    return max(MATERIALS[scene.material].restitution, LOWEST_RESTITUTION[scene.count])
+
+
+def _fall(stage: Stage, scene: Scene, source: str, timing: tuple[float, float], drop: float,
+          way: tuple[float, float], loud: float = 1.0) -> None:
+    """Draw and sound one body; timing as from `_timing`, way = (x at half time, drift over the clip)."""
+    shape, restitution, radius, (x0, drift) = scene.shape or "disc", _restitution(scene), scene.radius, way
+    times = impacts(*timing, restitution, scene.count + 1)
+    x = x0 + drift * (stage.t / stage.duration - 0.5)
+    y = FLOOR - BOTTOM[shape] * radius - flight(stage.t, times, timing[1], drop)
+    stage.body(x, y, radius, scene.colour, scene.material, shape)
+    stage.track(source, x, y, radius)
+    f0 = pitch(scene.material, scene.size)
+    for k, t in enumerate(times[:-1]):
+        amp = loud * restitution**k
+        stage.mixer.strike(t, f0, scene.material, amp)
+        stage.event(t, "impact", source, amp, f0, x0 + drift * (t / stage.duration - 0.5), FLOOR)
+
+
 def perform(stage: Stage, scene: Scene) -> None:
     """Draw and sound the impacts; loudness is proportional to impact speed."""
-    rng, shape, count = stage.rng, scene.shape or "disc", scene.count or 1
-    restitution = max(MATERIALS[scene.material].restitution, LOWEST_RESTITUTION[count])
-    hold, fall = _timing(rng, stage.duration, restitution, count)
-    times = impacts(hold, fall, restitution, count + 1)
-    radius, drop = scene.radius, rng.uniform(0.42, 0.55)
-    x0, drift = rng.uniform(0.32, 0.68), rng.uniform(-0.12, 0.12)
-    rest = FLOOR - BOTTOM[shape] * radius
-    x = x0 + drift * (stage.t / stage.duration - 0.5)
-    y = rest - flight(stage.t, times, fall, drop)
+    rng = stage.rng
+    timing = _timing(rng, stage.duration, _restitution(scene), scene.count)
+    drop = rng.uniform(0.42, 0.55)
+    way = rng.uniform(0.32, 0.68), rng.uniform(-0.12, 0.12)
     stage.floor()
-    stage.body(x, y, radius, scene.colour, scene.material, shape)
-    stage.track("body", x, y, radius)
-    f0 = pitch(scene.material, scene.size)
-    for k, t in enumerate(times[:count]):
-        amp = restitution**k
-        stage.mixer.strike(t, f0, scene.material, amp)
-        stage.event(t, "impact", "body", amp, f0, x0 + drift * (t / stage.duration - 0.5), FLOOR)
+    _fall(stage, scene, "body", timing, drop, way)
+
+
+def duet(stage: Stage, scene: Scene) -> None:
+    """Two bodies side by side, each with its own count and pitch; of 40 draws the one with impacts farthest apart."""
+    rng, pair = stage.rng, (scene, scene.other)
+    draws = []
+    for _ in range(40):
+        timings = [_timing(rng, stage.duration, _restitution(s), s.count) for s in pair]
+        first, second = (impacts(*g, _restitution(s), s.count) for g, s in zip(timings, pair, strict=True))
+        draws.append((float(np.abs(first[:, None] - second).min()), timings))
+    timings = max(draws, key=lambda draw: draw[0])[1]
+    stage.floor()
+    for source, s, timing, x in zip(("left", "right"), pair, timings, (0.25, 0.75), strict=True):
+        _fall(stage, s, source, timing, rng.uniform(0.42, 0.55), (x, rng.uniform(-0.08, 0.08)), 0.75)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from soundstage.world.oracle.video import follow, has_floor
+from soundstage.world.oracle.video import colour_name, follow, has_floor, tone
 from soundstage.world.render import render, stream_item
 from soundstage.world.spec import KINDS, SIZES
 
@@ -63,12 +63,18 @@ def look(frames: np.ndarray) -> str:
     """The kind that (F, H, W, 3) frames show.
 
     The kinds with a layout of their own are told by the regression. On an open stage: no body is an off-screen sound,
-    no floor a silent mover, and over a floor a body that moves up and down bounces and one that does not rolls.
+    no floor a silent mover, and over a floor a body that moves up and down bounces and one that does not rolls;
+    different colours in the two halves are a duet.
     """
     weights, bias = _fitted()
     best = int(np.argmax(maps(frames) @ weights + bias))
     if best < len(LAYOUTS):
         return LAYOUTS[best]
+    halves = [np.ascontiguousarray(half) for half in np.array_split(frames, 2, axis=2)]
+    if all(has_floor(half) and follow(half, "bounce") is not None for half in halves):
+        left, right = (colour_name(tone(half, "bounce")) for half in halves)
+        if left != right:
+            return "duet"
     body = follow(frames, "bounce")
     if body is None or body.radius < 0.6 * min(SIZES.values()) or np.isfinite(body.x).mean() < 0.4:
         return "offscreen"

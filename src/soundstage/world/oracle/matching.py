@@ -42,13 +42,14 @@ class Match:
 
 
 def coarse_lag(visual: np.ndarray, audio: np.ndarray, agree: np.ndarray, reach: float = 1.0,
-               width: float = 0.02) -> float:
-    """Lag in [-reach, reach] s at which most events meet an onset that agrees; the smallest of equals."""
+               width: float = 0.02) -> tuple[float, float]:
+    """(lag in [-reach, reach] s at which most events meet an onset that agrees, how many); the smallest of equals."""
     delta = audio[None, :] - visual[:, None]
     lags = np.arange(-reach, reach + 0.001, 0.002)
     near = np.exp(-0.5 * ((delta[..., None] - lags) / width) ** 2) * agree[..., None]
-    met = np.minimum(near.sum(1), 1).sum(0)
-    return float(lags[np.argmax(met - 0.25 * np.abs(lags))])
+    met = np.minimum(near.sum(1), 1).sum(0) - 0.25 * np.abs(lags)
+    best = int(np.argmax(met))
+    return float(lags[best]), float(met[best])
 
 
 def pair(visual: np.ndarray, audio: np.ndarray, lag: float, gate: float) -> np.ndarray:
@@ -84,7 +85,7 @@ def match(visual: np.ndarray, audio: np.ndarray, *, agree: np.ndarray | None = N
     if not len(visual) or not len(audio):
         return Match(np.zeros((0, 2), int), np.zeros(0), np.zeros(0), 0.0)
     agree = np.ones((len(visual), len(audio))) if agree is None else agree
-    lag = coarse_lag(visual, audio, agree, reach) if agree.any() else 0.0
+    lag = coarse_lag(visual, audio, agree, reach)[0] if agree.any() else 0.0
     pairs = pair(visual, audio, lag, gate)
     return Match(pairs, audio[pairs[:, 1]] - visual[pairs[:, 0]], visual[pairs[:, 0]], lag)
 
@@ -110,7 +111,7 @@ def chance_f1(visual: np.ndarray, audio: np.ndarray, tolerance: float, duration:
     """
     num_v, num_a = len(visual), len(audio)
     if not num_v or not num_a:
-        return float(num_v == num_a)
+        return 0.0
     covered = min(1.0, 2 * tolerance * num_v / duration)
     hits = num_v * (1 - (1 - covered / num_v) ** num_a)
     return 2 * hits / (num_v + num_a)

@@ -175,7 +175,7 @@ def flashes(t: np.ndarray, frames: np.ndarray, boxes: tuple[tuple[float, ...], .
     """
     unit = rgb / max(float(np.linalg.norm(rgb)), 1e-6)
     level = np.stack([(patch(frames, box).mean((1, 2)) @ unit) for box in boxes])
-    dim = float(np.median(np.percentile(level, 20, axis=1)))
+    dim = float(np.percentile(level, 10))
     full = max(dim / DIM, float(level.max()) if level.max() > 1.4 * dim else 0.0)
     light = (level - dim) / max(full - dim, 20.0)
     found = []

@@ -9,9 +9,9 @@ import numpy as np
 
 from soundstage.media.clip import Clip
 from soundstage.world.kinds.typing import COLUMNS, ROWS
-from soundstage.world.oracle import audio, motion, video
+from soundstage.world.oracle import audio, matching, motion, video
 from soundstage.world.oracle.kind import look
-from soundstage.world.spec import DRUMS, KINDS, MATERIALS, SIZES
+from soundstage.world.spec import DRUMS, EXTRA_KINDS, KINDS, MATERIALS, SIZES, pitch
 
 NONE = np.zeros(0)
 
@@ -26,6 +26,7 @@ class Observation:
     tempo: beats per minute of the sound. f0: Hz, the pitch of the whole sound (at one turn per second for an engine).
     lag, correlation: of a continuous sound behind its picture in seconds, for engine, talker and roll.
     heard: the drums or vowels of the sound in order.
+    other: the right body of a duet, read as a bounce; sources: (A,) 0 or 1, the body whose pitch each onset has.
     """
 
     kind: str
@@ -53,6 +54,8 @@ class Observation:
     lag: float | None = None
     correlation: float | None = None
     loudest: float = 0.0
+    other: Observation | None = None
+    sources: np.ndarray = field(default_factory=lambda: NONE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +79,8 @@ def observe(clip: Clip, kind: str | None = None) -> Observation:
     kind: read it as this kind (when scoring against a prompt); by default the kind that the picture shows. Without a
     picture the clip is read as an off-screen sound; without sound nothing is heard.
     """
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
+    if kind is not None and kind not in READERS:
+        raise ValueError(f"kind: {kind!r} is not one of {', '.join(KINDS + EXTRA_KINDS)}")
     wave = np.zeros(0, np.float32) if clip.wave is None else clip.wave.mean(0)
     rate = clip.sample_rate or 16000
     onsets = audio.onsets(wave, rate)
@@ -95,7 +98,7 @@ def observe(clip: Clip, kind: str | None = None) -> Observation:
 
 
 def _source(clip: Clip, wave: np.ndarray, rate: int, seen: Observation, kind: str, frames: np.ndarray) -> _Source:
-    followed = kind not in ("drums", "typing", "offscreen")
+    followed = kind not in ("drums", "typing", "offscreen", "duet")
     colour = video.tone(frames, kind) if len(frames) and kind != "offscreen" else np.zeros(3)
     body = video.follow(frames, kind) if followed and len(frames) else None
     times = clip.frame_times if len(frames) else NONE
@@ -134,6 +137,26 @@ def _bounce(source: _Source, seen: Observation) -> Observation:
     return _struck(seen, seen.radius)
 
 
+def _duet(source: _Source, seen: Observation) -> Observation:
+    """Each half of the picture is read as a bounce; onsets are shared out by pitch, as fits the impacts best."""
+    sides = []
+    for frames in np.array_split(source.frames, 2, axis=2):
+        half = replace(source, frames=frames, colour=video.tone(frames, "bounce"), body=video.follow(frames, "bounce"))
+        sides.append(_bounce(half, replace(seen, kind="bounce", audio=NONE, pitches=NONE, levels=NONE, drums=())))
+    times = np.concatenate([side.visual for side in sides])
+    order = np.argsort(times)
+    labels = np.repeat([0, 1], [len(side.visual) for side in sides])[order]
+    times, log = times[order], np.log(np.where(np.isfinite(seen.pitches), seen.pitches, 1.0))
+    middle = (log.min(initial=9) + log.max(initial=0)) / 2
+    high = ((log > middle) & (log.max(initial=0) - log.min(initial=9) > 0.14)).astype(int)
+    ways = [(matching.coarse_lag(times, seen.audio, labels[:, None] == own[None])[1], own) for own in (high, 1 - high)]
+    sources = max(ways, key=lambda way: way[0])[1] if len(times) and len(high) else high
+    left, right = (_struck(replace(side, pitches=seen.pitches[sources == k]), side.radius)
+                   for k, side in enumerate(sides))
+    return replace(left, kind="duet", audio=seen.audio, pitches=seen.pitches, levels=seen.levels, drums=seen.drums,
+                   visual=times, seen=labels, other=right, sources=sources)
+
+
 def _metronome(source: _Source, seen: Observation) -> Observation:
     seen = _look(source, seen)
     if source.body is None:
@@ -156,12 +179,13 @@ def _typing(source: _Source, seen: Observation) -> Observation:
     side = None if not len(columns) else ("left" if columns.mean() < (COLUMNS - 1) / 2 else "right")
     seen = replace(seen, colour=video.colour_name(source.colour), visual=times, seen=columns, count=len(times),
                    side=side)
-    if not len(columns) or not np.isfinite(seen.pitches).any():
+    if not np.isfinite(seen.pitches).any():
         return seen
-    # Each onset is set against the key lit nearest to it; without its column's share the pitch names the material.
-    nearest = columns[np.argmin(np.abs(seen.audio[:, None] - times[None]), axis=1)]
-    f0 = float(np.nanmedian(seen.pitches / 2 ** ((nearest - 2.5) / 6)))
-    return replace(seen, f0=f0, material=nearest_material(f0, SIZES["medium"]))
+    # The six columns of a material span ten semitones and no two materials overlap: the pitch alone tells both.
+    heard = seen.pitches[np.isfinite(seen.pitches)]
+    material = nearest_material(float(np.median(heard)), SIZES["medium"])
+    column = np.clip(np.round(6 * np.log2(heard / pitch(str(material))) + 2.5), 0, COLUMNS - 1)
+    return replace(seen, f0=float(np.median(heard / 2 ** ((column - 2.5) / 6))), material=material)
 
 
 def _engine(source: _Source, seen: Observation) -> Observation:
@@ -249,6 +273,6 @@ def _offscreen(source: _Source, seen: Observation) -> Observation:
 
 
 READERS: dict[str, Callable[[_Source, Observation], Observation]] = {
-    "bounce": _bounce, "metronome": _metronome, "drums": _drums, "engine": _engine, "typing": _typing,
+    "bounce": _bounce, "duet": _duet, "metronome": _metronome, "drums": _drums, "engine": _engine, "typing": _typing,
     "talker": _talker, "roll": _roll, "silent": _silent, "offscreen": _offscreen,
 }

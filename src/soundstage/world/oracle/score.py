@@ -30,6 +30,8 @@ def agreement(seen: Observation) -> np.ndarray | None:
     if seen.kind == "drums" and all(shape):
         named = np.array([DRUMS.index(name) for name in seen.drums])
         return 0.15 + 0.85 * (seen.seen[:, None] == named[None])
+    if seen.kind == "duet" and all(shape):
+        return 0.15 + 0.85 * (seen.seen[:, None] == seen.sources[None])
     if seen.kind == "typing" and all(shape) and seen.f0:
         columns = 6 * np.log2(seen.pitches / seen.f0) + 2.5
         return 0.15 + 0.85 * (np.abs(seen.seen[:, None] - columns[None]) < 0.75)
@@ -51,21 +53,22 @@ def window(duration: float) -> tuple[float, float]:
 
 
 def event_f1(visual: np.ndarray, audio: np.ndarray, duration: float, tolerance: float = 0.045) -> float:
-    """F1 of two trains of times in seconds; 1 where both are empty."""
+    """F1 of two trains of times in seconds; 0 where both are empty, since something should have happened."""
     hits, misses, extras = count_hits(visual, audio, tolerance, window(duration))
-    return 2 * hits / (2 * hits + misses + extras) if hits + misses + extras else 1.0
+    return 2 * hits / (2 * hits + misses + extras) if hits else 0.0
 
 
 def sync(seen: Observation) -> dict[str, float]:
     """Event sync: f1@20 .. f1@125 with precision and recall, chance, offsets, spread, drift, misses, hallucinations.
 
-    Times in milliseconds, drift in milliseconds per second. Absent keys could not be measured.
+    Times in milliseconds, drift in milliseconds per second. Absent keys could not be measured. Nothing seen and nothing
+    heard scores 0: a kind with events has some.
     """
     out: dict[str, float] = {}
     for ms in TOLERANCES_MS:
         hits, misses, extras = count_hits(seen.visual, seen.audio, ms / 1000, window(seen.duration))
-        out[f"precision@{ms}"] = hits / (hits + extras) if hits + extras else float(misses == 0)
-        out[f"recall@{ms}"] = hits / (hits + misses) if hits + misses else float(extras == 0)
+        out[f"precision@{ms}"] = hits / (hits + extras) if hits else 0.0
+        out[f"recall@{ms}"] = hits / (hits + misses) if hits else 0.0
         out[f"f1@{ms}"] = event_f1(seen.visual, seen.audio, seen.duration, ms / 1000)
     out["chance_f1@45"] = chance_f1(seen.visual, seen.audio, 0.045, seen.duration)
     found = align(seen)
@@ -86,8 +89,8 @@ def pitch_errors(seen: Observation, fields: Mapping[str, object]) -> dict[str, f
     against stiffness / detected radius of the named material (pitch_radius_semitones)."""
     kind, material, size = seen.kind, fields.get("material"), fields.get("size")
     out: dict[str, float] = {}
-    if kind in ("bounce", "metronome", "offscreen") and material and seen.f0 and (size or kind == "offscreen"):
-        heard = seen.pitches[np.isfinite(seen.pitches)]
+    if kind in ("bounce", "metronome", "offscreen", "duet") and material and seen.f0 and (size or kind == "offscreen"):
+        heard = seen.pitches[np.isfinite(seen.pitches) & ((seen.sources == 0) if kind == "duet" else True)]
         out["pitch_semitones"] = float(np.median(np.abs(semitones(heard, pitch(str(material), size)))))
     if kind in ("roll", "typing") and material and seen.f0:
         expected = pitch(str(material), size if kind == "roll" else None)
@@ -95,7 +98,7 @@ def pitch_errors(seen: Observation, fields: Mapping[str, object]) -> dict[str, f
     if kind in ("engine", "talker") and size and seen.f0:
         expected = (firing if kind == "engine" else voice)(str(size))
         out["pitch_semitones"] = float(abs(semitones(seen.f0, expected)))
-    if kind in ("bounce", "metronome", "roll") and material and seen.f0 and seen.radius:
+    if kind in ("bounce", "metronome", "roll", "duet") and material and seen.f0 and seen.radius:
         out["pitch_radius_semitones"] = float(abs(semitones(
             seen.f0, MATERIALS[str(material)].stiffness / seen.radius)))
     if kind == "drums":
@@ -144,16 +147,32 @@ def score(seen: Observation, wanted: Scene | Mapping[str, object] | str) -> dict
     """All figures of an observation against a scene, a caption, or a caption's fields.
 
     Keys that could not be measured (no onset, no such field) are absent. See `content` and `sync`; continuous kinds
-    have lag_ms (positive when the sound is late) and correlation; `silent` is 1 when a silent scene stays so.
+    have lag_ms (positive when the sound is late) and correlation; `silent` is 1 when a silent scene stays so; in a
+    duet `binding` is the share of impacts that meet, within 45 ms, a sound of their own body's pitch.
     """
     fields = _fields(wanted)
     out = content(seen, fields)
-    if seen.kind in EVENT_KINDS:
+    if seen.other is not None and "other" in fields:
+        out = _both(seen, fields, out)
+    if seen.kind in (*EVENT_KINDS, "duet"):
         out |= sync(seen)
     if seen.kind in LAG_KINDS and seen.lag is not None:
         out |= {"lag_ms": 1000 * seen.lag, "abs_lag_ms": 1000 * abs(seen.lag), "correlation": seen.correlation or 0.0}
     if seen.kind == "silent":
         out |= {"silent": float(seen.loudest < ABSOLUTE), "hallucinations": float(len(seen.audio))}
+    return out
+
+
+def _both(seen: Observation, fields: Mapping[str, object], first: dict[str, float]) -> dict[str, float]:
+    """Figures of both bodies of a duet: 1 where both are right, the larger pitch error, all sounds, and binding."""
+    asked: Mapping[str, object] = fields["other"]  # type: ignore[assignment]
+    second = content(seen.other, asked)
+    out = {name: (max if "semitones" in name else min)(value, second.get(name, value)) for name, value in first.items()}
+    out["count_heard"] = float(len(seen.audio) == int(fields["count"]) + int(asked["count"]))  # type: ignore[call-overload]
+    hertz = [pitch(str(part["material"]), str(part["size"])) for part in (fields, asked)]
+    nearest = np.argmin(np.abs(np.log(seen.pitches[:, None] / np.array(hertz))), axis=1)
+    hits = sum(count_hits(seen.visual[seen.seen == k], seen.audio[nearest == k], 0.045, (0, 0))[0] for k in (0, 1))
+    out["binding"] = hits / max(len(seen.visual), 1)
     return out
 
 

@@ -67,7 +67,7 @@ def tone(frames: np.ndarray, kind: str) -> np.ndarray:
     seen = frames[:, : round(LOWEST.get(kind, 1.0) * frames.shape[1])].astype(np.float32)
     contrast = np.abs(seen - ground(frames, kind)[:, : seen.shape[1]]).max(-1)
     peak = np.percentile(contrast, 99.5)
-    pixels = seen[contrast > 0.7 * peak]
+    pixels = seen[contrast > 0.55 * peak]
     return np.median(pixels, axis=0) if len(pixels) else np.zeros(3, np.float32)
 
 
