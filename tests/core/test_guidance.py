@@ -36,11 +36,11 @@ def both(modalities: tuple[str, ...], video: float, audio: float) -> AV[float]:
 
 def test_scale_one_is_the_conditional_call(
     toy: Denoise,
-    counted: Any,
+    counted: Callable[..., Any],
     x: AV[Tensor],
     text: Conditions,
     negative: Conditions,
-    at: At,  # noqa: ANN401
+    at: At,
 ) -> None:
     net = counted(toy)
     out = Guided(net, negative, AV(1.0, 1.0), projection=APG())(x, at(0.5), text)
@@ -51,7 +51,7 @@ def test_scale_one_is_the_conditional_call(
 
 def test_one_batched_call_and_a_scale_per_modality(
     toy: Denoise,
-    counted: Any,  # noqa: ANN401
+    counted: Callable[..., Any],
     x: AV[Tensor],
     text: Conditions,
     negative: Conditions,
@@ -101,11 +101,11 @@ def test_guided_gaussians_move_the_mean(
 
 def test_interval(
     toy: Denoise,
-    counted: Any,
+    counted: Callable[..., Any],
     x: AV[Tensor],
     text: Conditions,
     negative: Conditions,
-    at: At,  # noqa: ANN401
+    at: At,
 ) -> None:
     net = counted(toy)
     guided = Guided(net, negative, AV(4.0, 4.0), interval=(0.2, 0.6))
@@ -136,11 +136,11 @@ def test_interval_is_per_sample_and_per_step(
 
 def test_the_negative_takes_over_what_it_does_not_say(
     toy: Denoise,
-    counted: Any,
+    counted: Callable[..., Any],
     x: AV[Tensor],
     text: Conditions,
     at: At,
-    modalities: tuple[str, ...],  # noqa: ANN401
+    modalities: tuple[str, ...],
 ) -> None:
     net = counted(toy)
     positions = x.map(lambda z: torch.rand(4, z.shape[2], dtype=torch.float64))
@@ -174,7 +174,7 @@ def test_skip_layer_and_a_weak_negative(
 
 def test_cross_modal(
     toy: Denoise,
-    counted: Any,  # noqa: ANN401
+    counted: Callable[..., Any],
     x: AV[Tensor],
     text: Conditions,
     at: At,

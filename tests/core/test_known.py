@@ -25,12 +25,12 @@ def first_step_kept(x: AV[Tensor]) -> AV[Tensor]:
 @pytest.mark.parametrize("full", [False, True], ids=["per step", "per cell"])
 def test_an_empty_mask_is_the_identity(
     toy: Denoise,
-    counted: Any,
+    counted: Callable[..., Any],
     x: AV[Tensor],
     latents: AV[Tensor],
     text: Conditions,
     at: At,
-    full: bool,  # noqa: ANN401
+    full: bool,
 ) -> None:
     net = counted(toy)
     mask = x.map(lambda z: torch.ones_like(z) if full else torch.ones(z.shape[0], z.shape[2]))
@@ -47,11 +47,11 @@ def test_an_empty_mask_is_the_identity(
 
 def test_kept_steps_enter_clean_at_zero(
     toy: Denoise,
-    counted: Any,
+    counted: Callable[..., Any],
     x: AV[Tensor],
     latents: AV[Tensor],
     text: Conditions,
-    at: At,  # noqa: ANN401
+    at: At,
 ) -> None:
     net = counted(toy)
     seen_r: list[AV[Tensor]] = []
@@ -90,11 +90,11 @@ def test_every_sampler_ends_on_the_known_part(
 @pytest.mark.parametrize("name", ["euler", "heun", "unipc", "dpmpp_2m"])
 def test_kept_cells_enter_at_the_level_of_their_step(
     toy: Denoise,
-    counted: Any,
+    counted: Callable[..., Any],
     x: AV[Tensor],
     latents: AV[Tensor],
     text: Conditions,
-    name: str,  # noqa: ANN401
+    name: str,
 ) -> None:
     """Inpainting: at every step the network sees (1 - t) known + t noise at single kept cells."""
     mask = torch.ones(4, 1, 3, 1, 2)
@@ -156,7 +156,9 @@ def test_time_per_step_equals_time_per_sample(toy: Denoise, gaussian: Gaussian, 
         assert all(torch.equal(a[name], b[name]) for name in x.modalities)
 
 
-def test_only_one_modality_known(toy: Denoise, counted: Any, x: AV[Tensor], text: Conditions, at: At) -> None:  # noqa: ANN401
+def test_only_one_modality_known(
+    toy: Denoise, counted: Callable[..., Any], x: AV[Tensor], text: Conditions, at: At
+) -> None:
     net = counted(toy)
     known = Known(net, AV(video=torch.zeros(4, 2, 3, 1, 2)), AV(video=torch.zeros(4, 3)))
     out = known(x, at(0.5), text)

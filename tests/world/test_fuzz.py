@@ -51,8 +51,14 @@ SCENES["duet"] = Scene(**{**vars(SCENES["bounce"]), "kind": "duet", "other": SCE
 @pytest.mark.parametrize("picture", ["noise", "flicker", "blobs", "black", "white"])
 def test_any_picture_and_sound_can_be_read(kind: str, picture: str) -> None:
     rng = np.random.default_rng([list(SCENES).index(kind), len(picture)])
-    for num, size, rate, sound in ((1, 8, 8000, "noise"), (2, 17, 16000, "clicks"), (9, 8, 8000, "clicks"),
-                                   (9, 8, 8000, "silence"), (9, 8, 16000, "noise"), (17, 33, 16000, "constant")):
+    for num, size, rate, sound in (
+        (1, 8, 8000, "noise"),
+        (2, 17, 16000, "clicks"),
+        (9, 8, 8000, "clicks"),
+        (9, 8, 8000, "silence"),
+        (9, 8, 16000, "noise"),
+        (17, 33, 16000, "constant"),
+    ):
         fps = Fraction(8)
         clip = Clip(frames(picture, num, size, rng), fps, waves(sound, int(num / fps * rate), rng), rate)
         scores = evaluate_clip(clip, SCENES[kind])

@@ -74,8 +74,9 @@ def test_shifts_are_recovered_within_10_ms_on_disturbed_pictures(kind: str, how:
 
 @pytest.mark.parametrize("kind", LAG_KINDS)
 def test_lags_of_continuous_sounds_are_recovered(kind: str) -> None:
-    errors = [abs(shift_error(render(stream_item(36, i, kinds=(kind,))[0]), shift))
-              for i in range(3) for shift in (-200, 40)]
+    errors = [
+        abs(shift_error(render(stream_item(36, i, kinds=(kind,))[0]), shift)) for i in range(3) for shift in (-200, 40)
+    ]
     assert np.median(errors) < 2
     assert np.max(errors) < 8
 
@@ -148,8 +149,12 @@ def test_two_sources_are_told_apart_and_bound_to_their_sounds() -> None:
         figures = score(seen, text)
         assert seen.kind == "duet"
         assert all(figures[name] == 1 for name in ("colour", "material", "count", "count_heard", "binding", "f1@20"))
-        swapped = replace(scene, material=scene.other.material, size=scene.other.size,
-                          other=replace(scene.other, material=scene.material, size=scene.size))
+        swapped = replace(
+            scene,
+            material=scene.other.material,
+            size=scene.other.size,
+            other=replace(scene.other, material=scene.material, size=scene.size),
+        )
         assert evaluate_clip(clip, swapped)["binding"] == 0
         assert abs(shift_error(render(scene), 100)) < 2
 

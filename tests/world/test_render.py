@@ -71,7 +71,7 @@ def test_sound_starts_at_its_event(kind: str) -> None:
         wave, first = rendered.clip.wave[0], rendered.events[0]
         assert np.flatnonzero(wave)[0] / 16000 - first.t == pytest.approx(0, abs=1.5 / 16000)
         loud = np.abs(wave).max()
-        attack = wave[int(first.t * 16000): int((first.t + 0.0015) * 16000)]
+        attack = wave[int(first.t * 16000) : int((first.t + 0.0015) * 16000)]
         assert np.abs(attack).max() > 0.3 * min(loud, 0.6)
         assert 0.2 < loud < 0.95
 
@@ -115,7 +115,7 @@ def test_material_and_size_set_the_pitch(kind: str) -> None:
 def test_materials_look_different() -> None:
     frames = [render(replace(BALL, material=m)).clip.frames[0].astype(int) for m in MATERIALS]
     for i, a in enumerate(frames):
-        for b in frames[i + 1:]:
+        for b in frames[i + 1 :]:
             assert np.abs(a - b).max() > 60
 
 
@@ -196,11 +196,14 @@ def test_values_of_every_field_are_used() -> None:
         assert {getattr(s, field) for s in scenes} == set(values)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"size": 8}, "size: 8 pixels is not between 16 and 256"),
-    ({"num_frames": 8}, "the nearest is 16"),
-    ({"num_frames": 400}, "the nearest is 128"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 8}, "size: 8 pixels is not between 16 and 256"),
+        ({"num_frames": 8}, "the nearest is 16"),
+        ({"num_frames": 400}, "the nearest is 128"),
+    ],
+)
 def test_impossible_options_name_the_nearest(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         render(BALL, **options)

@@ -10,7 +10,7 @@ from soundstage.world import caption, parse, render, stream_item
 from soundstage.world.show import COLUMNS, MARGIN, SEEN, WIDTH, contact_sheet
 from soundstage.world.write import write_clips
 
-AMBER = tuple(int(SEEN[i: i + 2], 16) for i in (1, 3, 5))
+AMBER = tuple(int(SEEN[i : i + 2], 16) for i in (1, 3, 5))
 
 
 def near(sheet: np.ndarray, colour: tuple[int, ...]) -> np.ndarray:
@@ -30,7 +30,7 @@ def test_events_stand_at_their_times_on_the_sheet(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "ball.png").stat().st_size > 5000
     for event in rendered.events:
         x = MARGIN + (WIDTH - 2 * MARGIN) * event.t / rendered.clip.duration
-        assert near(marks(sheet, titled=True), AMBER)[round(x) - 1: round(x) + 2].all()
+        assert near(marks(sheet, titled=True), AMBER)[round(x) - 1 : round(x) + 2].all()
     assert near(marks(sheet, titled=True), AMBER).sum() < 12 * len(rendered.events)
 
 

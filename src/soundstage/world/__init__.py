@@ -5,5 +5,15 @@ from soundstage.world.render import Rendered, render, stream_item
 from soundstage.world.spec import KINDS, Scene, is_held_out, sample_scene
 from soundstage.world.stage import Event
 
-__all__ = ["KINDS", "Event", "Rendered", "Scene", "caption", "is_held_out", "parse", "render", "sample_scene",
-           "stream_item"]
+__all__ = [
+    "KINDS",
+    "Event",
+    "Rendered",
+    "Scene",
+    "caption",
+    "is_held_out",
+    "parse",
+    "render",
+    "sample_scene",
+    "stream_item",
+]

@@ -14,10 +14,17 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 TEMPO_WORDS = {60: "slowly", 90: "at a walking pace", 120: "briskly", 160: "fast", 200: "very fast"}
 
 # In each list the first entry is the canonical one.
-SIZE_WORDS = {"small": ("small", "little", "tiny"), "medium": ("medium", "medium-sized", "mid-sized"),
-              "large": ("large", "big", "huge")}
-MATERIAL_WORDS = {"metal": ("metal", "metallic"), "wood": ("wooden", "wood"), "glass": ("glass",),
-                  "rubber": ("rubber",)}
+SIZE_WORDS = {
+    "small": ("small", "little", "tiny"),
+    "medium": ("medium", "medium-sized", "mid-sized"),
+    "large": ("large", "big", "huge"),
+}
+MATERIAL_WORDS = {
+    "metal": ("metal", "metallic"),
+    "wood": ("wooden", "wood"),
+    "glass": ("glass",),
+    "rubber": ("rubber",),
+}
 SHAPE_WORDS = {"disc": ("ball", "disc"), "square": ("cube", "square", "block"), "triangle": ("triangle", "wedge")}
 COLOUR_SYNONYMS = {"violet": "purple", "turquoise": "cyan"}
 TREND_PHRASES = {
@@ -27,33 +34,76 @@ TREND_PHRASES = {
         "brake": ("a {thing} slows down", "a {thing} spins slower and slower", "slowing down, a {thing} spins"),
     },
     "roll": {
-        "start": ("a {thing} starts to roll to the {side}", "a {thing} rolls {side}, speeding up",
-                  "from rest, a {thing} rolls to the {side}"),
-        "stop": ("a {thing} rolls to the {side} and stops", "a {thing} rolls {side} until it stops",
-                 "rolling to the {side}, a {thing} comes to a halt"),
-        "back": ("a {thing} rolls to the {side} and comes back", "a {thing} rolls {side} and then back again",
-                 "rolling to the {side} and back, a {thing} rumbles"),
+        "start": (
+            "a {thing} starts to roll to the {side}",
+            "a {thing} rolls {side}, speeding up",
+            "from rest, a {thing} rolls to the {side}",
+        ),
+        "stop": (
+            "a {thing} rolls to the {side} and stops",
+            "a {thing} rolls {side} until it stops",
+            "rolling to the {side}, a {thing} comes to a halt",
+        ),
+        "back": (
+            "a {thing} rolls to the {side} and comes back",
+            "a {thing} rolls {side} and then back again",
+            "rolling to the {side} and back, a {thing} rumbles",
+        ),
     },
 }
 TEMPLATES = {
-    "bounce": ("a {thing} bounces {times}", "a {thing} hits the floor {times}", "a falling {thing} bounces {times}",
-               "a {thing} drops and bounces {times}", "{bounces} of a {thing}"),
-    "metronome": ("a {thing} ticks {tempo}", "a {thing} swings and ticks {tempo}", "a ticking {thing} swings {tempo}",
-                  "a {thing} keeps time {tempo}"),
-    "drums": ("{colour} drums play {pattern} {tempo}", "a {colour} drum kit plays {pattern} {tempo}",
-              "{pattern} on {colour} drums {tempo}", "a stick hits {colour} drums {tempo}: {pattern}"),
-    "typing": ("the {side} hand types {keys} on a {thing}", "{keys} are pressed on the {side} of a {thing}",
-               "a {side} hand presses {keys} of a {thing}", "typing {keys} with the {side} hand on a {thing}"),
-    "talker": ("a {thing} says {pattern}", "a {thing} sings {pattern}", "{pattern}, says a {thing}",
-               "a talking {thing}: {pattern}"),
-    "silent": ("a {thing} floats silently", "a {thing} drifts without a sound", "in silence, a {thing} floats",
-               "a silent {thing} hovers"),
-    "offscreen": ("something {material} knocks {times} off screen", "off screen, something {material} knocks {times}",
-                  "an unseen {material} thing knocks {times}", "out of sight, a {material} object knocks {times}"),
+    "bounce": (
+        "a {thing} bounces {times}",
+        "a {thing} hits the floor {times}",
+        "a falling {thing} bounces {times}",
+        "a {thing} drops and bounces {times}",
+        "{bounces} of a {thing}",
+    ),
+    "metronome": (
+        "a {thing} ticks {tempo}",
+        "a {thing} swings and ticks {tempo}",
+        "a ticking {thing} swings {tempo}",
+        "a {thing} keeps time {tempo}",
+    ),
+    "drums": (
+        "{colour} drums play {pattern} {tempo}",
+        "a {colour} drum kit plays {pattern} {tempo}",
+        "{pattern} on {colour} drums {tempo}",
+        "a stick hits {colour} drums {tempo}: {pattern}",
+    ),
+    "typing": (
+        "the {side} hand types {keys} on a {thing}",
+        "{keys} are pressed on the {side} of a {thing}",
+        "a {side} hand presses {keys} of a {thing}",
+        "typing {keys} with the {side} hand on a {thing}",
+    ),
+    "talker": (
+        "a {thing} says {pattern}",
+        "a {thing} sings {pattern}",
+        "{pattern}, says a {thing}",
+        "a talking {thing}: {pattern}",
+    ),
+    "silent": (
+        "a {thing} floats silently",
+        "a {thing} drifts without a sound",
+        "in silence, a {thing} floats",
+        "a silent {thing} hovers",
+    ),
+    "offscreen": (
+        "something {material} knocks {times} off screen",
+        "off screen, something {material} knocks {times}",
+        "an unseen {material} thing knocks {times}",
+        "out of sight, a {material} object knocks {times}",
+    ),
 }
 DUETS = ("{} and {}", "{} while {}", "{}, {}")
-NOUNS = {"metronome": ("metronome", "pendulum"), "engine": ("engine", "motor"), "typing": ("keyboard",),
-         "talker": ("face",), "roll": ("ball",)}
+NOUNS = {
+    "metronome": ("metronome", "pendulum"),
+    "engine": ("engine", "motor"),
+    "typing": ("keyboard",),
+    "talker": ("face",),
+    "roll": ("ball",),
+}
 
 
 class _Writer:
@@ -130,8 +180,11 @@ KIND_PATTERNS = (
     ("bounce", r"bounc(e|es|ing)|hits? the (floor|ground)|drops?|falls?|falling"),
 )
 TREND_PATTERNS = {
-    "engine": (("idle", r"idl(es|ing|e)|steady|steadily"), ("rev", r"rev(s|ving)?|faster|accelerat\w+|speeds up"),
-               ("brake", r"slow(s|ing)?|slower|brak\w+|stops")),
+    "engine": (
+        ("idle", r"idl(es|ing|e)|steady|steadily"),
+        ("rev", r"rev(s|ving)?|faster|accelerat\w+|speeds up"),
+        ("brake", r"slow(s|ing)?|slower|brak\w+|stops"),
+    ),
     "roll": (("back", r"back"), ("stop", r"stops?|halt|slows"), ("start", r"starts?|speed(s|ing) up|from rest")),
 }
 _NUMBER = "|".join((*NUMBERS, r"\d+"))

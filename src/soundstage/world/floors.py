@@ -75,8 +75,9 @@ def shift_error(rendered: Rendered, shift_ms: float, how: str = "clean", seed: i
     return found.get(name, float("nan")) - shift_ms
 
 
-def floors(num: int = 32, seed: int = 9001, kinds: Sequence[str] = EVENT_KINDS + LAG_KINDS,
-           **options: object) -> list[dict[str, object]]:
+def floors(
+    num: int = 32, seed: int = 9001, kinds: Sequence[str] = EVENT_KINDS + LAG_KINDS, **options: object
+) -> list[dict[str, object]]:
     """One row per kind and disturbance over `num` clips of the stream `seed`: errors of the measured offset in ms over
     SHIFTS_MS (median, 95th percentile, largest), F1@45 ms unshifted, and the share of kinds and colours read right.
 
@@ -92,11 +93,18 @@ def floors(num: int = 32, seed: int = 9001, kinds: Sequence[str] = EVENT_KINDS +
                     seen[name].append(value)
                 seen["error"] += [shift_error(rendered, ms, how, i) for ms in SHIFTS_MS]
             errors = np.abs(seen["error"])
-            rows.append({"kind": kind, "picture": how, "median_ms": float(np.nanmedian(errors)),
-                         "p95_ms": float(np.nanpercentile(errors, 95)), "max_ms": float(np.nanmax(errors)),
-                         "lost": int(np.isnan(errors).sum()),
-                         **{name: float(np.mean(seen[name])) for name in ("f1@45", "colour") if seen[name]},
-                         "kind_read": float(np.mean(seen["kind"]))})
+            rows.append(
+                {
+                    "kind": kind,
+                    "picture": how,
+                    "median_ms": float(np.nanmedian(errors)),
+                    "p95_ms": float(np.nanpercentile(errors, 95)),
+                    "max_ms": float(np.nanmax(errors)),
+                    "lost": int(np.isnan(errors).sum()),
+                    **{name: float(np.mean(seen[name])) for name in ("f1@45", "colour") if seen[name]},
+                    "kind_read": float(np.mean(seen["kind"])),
+                }
+            )
     return rows
 
 
@@ -115,10 +123,17 @@ def chance(num: int = 64, seed: int = 9002, kinds: Sequence[str] = EVENT_KINDS) 
         permuted = [score(s, scene)["f1@45"] for s, scene in zip(seen, scenes, strict=True)]
         uniform = [chance_f1(s.visual, s.audio, 0.045, s.duration) for s in seen]
         times = [np.array([event.t for event in r.events]) for r in rendered]
-        pairs = [event_f1(a, b, seen[0].duration) for i, a in enumerate(times) for b in times[:i] + times[i + 1:]]
-        rows.append({"kind": kind, "own": float(np.mean(own)), "permuted": float(np.mean(permuted)),
-                     "error": float(np.std(permuted) / np.sqrt(num)), "uniform": float(np.mean(uniform)),
-                     "independent": float(np.mean(pairs))})
+        pairs = [event_f1(a, b, seen[0].duration) for i, a in enumerate(times) for b in times[:i] + times[i + 1 :]]
+        rows.append(
+            {
+                "kind": kind,
+                "own": float(np.mean(own)),
+                "permuted": float(np.mean(permuted)),
+                "error": float(np.std(permuted) / np.sqrt(num)),
+                "uniform": float(np.mean(uniform)),
+                "independent": float(np.mean(pairs)),
+            }
+        )
     return rows
 
 

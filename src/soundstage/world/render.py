@@ -30,8 +30,15 @@ class Rendered:
     envelopes: dict[str, Envelope]
 
 
-def render(scene: Scene, *, size: int = 64, fps: Fraction | int = 16, num_frames: int = 33,
-           sample_rate: int = 16000, num_samples: int | None = None) -> Rendered:
+def render(
+    scene: Scene,
+    *,
+    size: int = 64,
+    fps: Fraction | int = 16,
+    num_frames: int = 33,
+    sample_rate: int = 16000,
+    num_samples: int | None = None,
+) -> Rendered:
     """Render a scene; the same scene and options always give the same clip.
 
     size: frame height and width in pixels, 16 to 256. Frame i shows the instant i / fps.
@@ -42,8 +49,10 @@ def render(scene: Scene, *, size: int = 64, fps: Fraction | int = 16, num_frames
     if not 16 <= size <= 256:
         raise ValueError(f"size: {size} pixels is not between 16 and 256")
     if not 1 <= duration <= 8:
-        raise ValueError(f"num_frames: {num_frames} frames at {fps} per second last {float(duration):.2f} s, "
-                         f"not 1 to 8; the nearest is {round(min(max(duration, 1), 8) * fps)}")
+        raise ValueError(
+            f"num_frames: {num_frames} frames at {fps} per second last {float(duration):.2f} s, "
+            f"not 1 to 8; the nearest is {round(min(max(duration, 1), 8) * fps)}"
+        )
     num_samples = round(duration * sample_rate) if num_samples is None else num_samples
     stage = Stage(scene.seed, size, fps, num_frames, sample_rate, num_samples)
     PERFORM[scene.kind](stage, scene)
@@ -54,8 +63,9 @@ def render(scene: Scene, *, size: int = 64, fps: Fraction | int = 16, num_frames
     return Rendered(scene, clip, events, stage.tracks, stage.envelopes)
 
 
-def stream_item(seed: int, index: int, *, kinds: Sequence[str] | None = None,
-                holdout: bool = False) -> tuple[Scene, str]:
+def stream_item(
+    seed: int, index: int, *, kinds: Sequence[str] | None = None, holdout: bool = False
+) -> tuple[Scene, str]:
     """Item `index` of the endless stream `seed`: a scene and one paraphrase of its caption, a pure function of both."""
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     scene = sample_scene(rng, kinds=kinds, holdout=holdout)

@@ -29,8 +29,9 @@ SEEN, HEARD, CORE = "#ffb454", "#56c7ff", "#c4ecff"
 SPECTRUM = np.array([(22, 27, 34), (38, 42, 92), (92, 50, 140), (200, 72, 110), (255, 150, 84), (255, 232, 170)], float)
 
 
-def contact_sheet(clip: Clip, path: str | Path | None = None, *, events: Sequence[Event] | Observation | None = None,
-                  title: str = "") -> np.ndarray:
+def contact_sheet(
+    clip: Clip, path: str | Path | None = None, *, events: Sequence[Event] | Observation | None = None, title: str = ""
+) -> np.ndarray:
     """(H, 1200, 3) uint8: frames over the waveform and spectrogram on one time axis; a .png too where `path` is given.
 
     events: the truth, or an observation, to mark; by default what the oracle reads if `title` names a kind of the
@@ -77,8 +78,7 @@ def _frame_height(clip: Clip) -> int:
     return round((WIDTH - 2 * MARGIN) / COLUMNS * high / wide)
 
 
-def _marks(clip: Clip, events: Sequence[Event] | Observation | None, title: str) -> tuple[
-        np.ndarray, np.ndarray, str]:
+def _marks(clip: Clip, events: Sequence[Event] | Observation | None, title: str) -> tuple[np.ndarray, np.ndarray, str]:
     """(times seen, times heard, a note on the offset)."""
     if events is None:
         kind = parse(title).get("kind")

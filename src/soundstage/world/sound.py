@@ -33,8 +33,14 @@ class Mixer:
         where, tau = self.place(start, 7 * max(body.decays))
         self.wave[where] += PEAK * amp * self._modes(tau, f0, body.ratios, body.levels, body.decays)
 
-    def _modes(self, tau: np.ndarray, f0: float, ratios: tuple[float, ...], levels: tuple[float, ...],
-               decays: tuple[float, ...]) -> np.ndarray:
+    def _modes(
+        self,
+        tau: np.ndarray,
+        f0: float,
+        ratios: tuple[float, ...],
+        levels: tuple[float, ...],
+        decays: tuple[float, ...],
+    ) -> np.ndarray:
         tau = tau.astype(np.float32)
         out = np.zeros_like(tau)
         kept = 0.0

@@ -91,16 +91,30 @@ def pitch(material: str, size: str | None = None) -> float:
 
 # Which fields each kind has, with the values drawn for them. Drums and vowels are drawn as sequences.
 CHOICES: dict[str, dict[str, Sequence[object]]] = {
-    "bounce": {"colour": tuple(COLOURS), "size": tuple(SIZES), "material": tuple(MATERIALS), "shape": SHAPES,
-               "count": (1, 2, 3, 4, 5)},
-    "metronome": {"colour": tuple(COLOURS), "size": tuple(SIZES), "material": tuple(MATERIALS),
-                  "bpm": tuple(range(40, 241, 10))},
+    "bounce": {
+        "colour": tuple(COLOURS),
+        "size": tuple(SIZES),
+        "material": tuple(MATERIALS),
+        "shape": SHAPES,
+        "count": (1, 2, 3, 4, 5),
+    },
+    "metronome": {
+        "colour": tuple(COLOURS),
+        "size": tuple(SIZES),
+        "material": tuple(MATERIALS),
+        "bpm": tuple(range(40, 241, 10)),
+    },
     "drums": {"colour": tuple(COLOURS), "bpm": tuple(range(100, 241, 20))},
     "engine": {"colour": tuple(COLOURS), "size": tuple(SIZES), "trend": ENGINE_TRENDS},
     "typing": {"colour": tuple(COLOURS), "material": tuple(MATERIALS), "count": (3, 4, 5, 6, 7, 8), "side": SIDES},
     "talker": {"colour": tuple(COLOURS), "size": tuple(SIZES)},
-    "roll": {"colour": tuple(COLOURS), "size": tuple(SIZES), "material": tuple(MATERIALS), "trend": ROLL_TRENDS,
-             "side": SIDES},
+    "roll": {
+        "colour": tuple(COLOURS),
+        "size": tuple(SIZES),
+        "material": tuple(MATERIALS),
+        "trend": ROLL_TRENDS,
+        "side": SIDES,
+    },
     "silent": {"colour": tuple(COLOURS), "size": tuple(SIZES), "shape": SHAPES},
     "offscreen": {"material": tuple(MATERIALS), "count": (1, 2, 3, 4, 5)},
 }

@@ -48,8 +48,9 @@ class Envelope:
 class Stage:
     """Canvas, mixer and record of one clip. Positions are fractions of the frame, y downwards."""
 
-    def __init__(self, seed: int, size: int, fps: Fraction, num_frames: int, sample_rate: int,
-                 num_samples: int) -> None:
+    def __init__(
+        self, seed: int, size: int, fps: Fraction, num_frames: int, sample_rate: int, num_samples: int
+    ) -> None:
         self.rng = np.random.Generator(np.random.Philox(key=[seed, 1]))
         self.size = size
         self.duration = num_frames / float(fps)
@@ -67,8 +68,9 @@ class Stage:
         """Record one event."""
         self.events.append(Event(float(t), kind, source, float(amp), float(f0), float(x), float(y)))
 
-    def track(self, name: str, x: np.ndarray | float, y: np.ndarray | float, radius: float,
-              angle: np.ndarray | float = 0.0) -> None:
+    def track(
+        self, name: str, x: np.ndarray | float, y: np.ndarray | float, radius: float, angle: np.ndarray | float = 0.0
+    ) -> None:
         """Record the pose of a source at every frame."""
         full = [np.broadcast_to(np.asarray(v, float), self.t.shape).copy() for v in (x, y, angle, radius)]
         self.tracks[name] = Track(self.t, *full)
@@ -77,9 +79,17 @@ class Stage:
         """A lighter band from FLOOR to the bottom edge."""
         self.box(0.5, (FLOOR + 1.02) / 2, 0.52, (1.02 - FLOOR) / 2, self.background * 1.5 + 28)
 
-    def paint(self, x: np.ndarray | float, y: np.ndarray | float, reach: float, colour: np.ndarray,
-              shape: str, half: tuple[float, ...] = (), alpha: np.ndarray | float = 1.0,
-              angle: np.ndarray | float = 0.0) -> None:
+    def paint(
+        self,
+        x: np.ndarray | float,
+        y: np.ndarray | float,
+        reach: float,
+        colour: np.ndarray,
+        shape: str,
+        half: tuple[float, ...] = (),
+        alpha: np.ndarray | float = 1.0,
+        angle: np.ndarray | float = 0.0,
+    ) -> None:
         """Blend a shape at (x, y), (F,) or scalar, into every frame with one pixel of smooth coverage.
 
         reach: radius of the disc, ellipse or triangle, or a bound on the extent of a box, as fractions.
@@ -97,32 +107,53 @@ class Stage:
             turn = np.broadcast_to(np.asarray(angle, np.float32), num)[:, None, None]
             dx, dy = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
         cover = _distance(shape, dx, dy, reach * n, tuple(np.asarray(h) * n for h in half))
-        cover = np.clip(np.float32(0.5) - cover, 0, 1) * np.broadcast_to(np.asarray(alpha, np.float32), num)[
-            :, None, None]
+        cover = (
+            np.clip(np.float32(0.5) - cover, 0, 1) * np.broadcast_to(np.asarray(alpha, np.float32), num)[:, None, None]
+        )
         area = self.canvas[:, y0:y1, x0:x1]
         tone = np.asarray(colour, np.float32).reshape(-1, 1, 1, 3)
         area += cover[..., None] * (tone - area)
 
-    def disc(self, x: np.ndarray | float, y: np.ndarray | float, radius: float, colour: np.ndarray,
-             alpha: np.ndarray | float = 1.0) -> None:
+    def disc(
+        self,
+        x: np.ndarray | float,
+        y: np.ndarray | float,
+        radius: float,
+        colour: np.ndarray,
+        alpha: np.ndarray | float = 1.0,
+    ) -> None:
         """A filled disc."""
         self.paint(x, y, radius, colour, "disc", alpha=alpha)
 
-    def box(self, x: np.ndarray | float, y: np.ndarray | float, half_width: float, half_height: float,
-            colour: np.ndarray, alpha: np.ndarray | float = 1.0, angle: np.ndarray | float = 0.0) -> None:
+    def box(
+        self,
+        x: np.ndarray | float,
+        y: np.ndarray | float,
+        half_width: float,
+        half_height: float,
+        colour: np.ndarray,
+        alpha: np.ndarray | float = 1.0,
+        angle: np.ndarray | float = 0.0,
+    ) -> None:
         """A filled box, turned by `angle` radians."""
         reach = float(np.hypot(half_width, half_height))
         self.paint(x, y, reach, colour, "box", (half_width, half_height), alpha, angle)
 
-    def ellipse(self, x: float, y: float, half_width: np.ndarray, half_height: np.ndarray,
-                colour: np.ndarray) -> None:
+    def ellipse(self, x: float, y: float, half_width: np.ndarray, half_height: np.ndarray, colour: np.ndarray) -> None:
         """A filled ellipse whose half axes are (F,) arrays."""
         num = len(self.t)
         axes = tuple(np.broadcast_to(np.asarray(a, np.float32), num)[:, None, None] for a in (half_width, half_height))
         self.paint(x, y, float(max(np.max(half_width), np.max(half_height))), colour, "ellipse", axes)
 
-    def body(self, x: np.ndarray | float, y: np.ndarray | float, radius: float, colour: str, material: str | None,
-             shape: str = "disc") -> None:
+    def body(
+        self,
+        x: np.ndarray | float,
+        y: np.ndarray | float,
+        radius: float,
+        colour: str,
+        material: str | None,
+        shape: str = "disc",
+    ) -> None:
         """A coloured body of the area of a disc of `radius`, shaded so that its material can be seen."""
         tone = rgb(colour) * (0.86 if material == "metal" else 1.0)
         if shape == "square":

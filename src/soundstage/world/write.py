@@ -24,15 +24,27 @@ def truth(rendered: Rendered, text: str) -> dict[str, object]:
         "canonical": caption(scene),
         "scene": {"seed": scene.seed, **scene.fields},
         "events": [asdict(event) for event in rendered.events],
-        "tracks": {name: {axis: np.round(values, 5).tolist() for axis, values in vars(track).items()}
-                   for name, track in rendered.tracks.items()},
-        "envelopes": {name: {"t": np.round(curve.t[::10], 3).tolist(), "value": np.round(curve.value[::10], 5).tolist()}
-                      for name, curve in rendered.envelopes.items()},
+        "tracks": {
+            name: {axis: np.round(values, 5).tolist() for axis, values in vars(track).items()}
+            for name, track in rendered.tracks.items()
+        },
+        "envelopes": {
+            name: {"t": np.round(curve.t[::10], 3).tolist(), "value": np.round(curve.value[::10], 5).tolist()}
+            for name, curve in rendered.envelopes.items()
+        },
     }
 
 
-def write_clips(folder: str | Path, num: int, *, seed: int = 0, kinds: Sequence[str] | None = None,
-                holdout: bool = False, suffix: str = ".mp4", **options: object) -> Iterator[Path]:
+def write_clips(
+    folder: str | Path,
+    num: int,
+    *,
+    seed: int = 0,
+    kinds: Sequence[str] | None = None,
+    holdout: bool = False,
+    suffix: str = ".mp4",
+    **options: object,
+) -> Iterator[Path]:
     """Write `num` clips of the stream `seed` into `folder`, yielding each path when it is complete.
 
     Each clip 00042-bounce.mp4 has its truth in .json and its caption in .txt beside it; sheet.png shows the first

@@ -40,8 +40,15 @@ def _restitution(scene: Scene) -> float:
     return max(MATERIALS[scene.material].restitution, LOWEST_RESTITUTION[scene.count])
 
 
-def _fall(stage: Stage, scene: Scene, source: str, timing: tuple[float, float], drop: float,
-          way: tuple[float, float], loud: float = 1.0) -> None:
+def _fall(
+    stage: Stage,
+    scene: Scene,
+    source: str,
+    timing: tuple[float, float],
+    drop: float,
+    way: tuple[float, float],
+    loud: float = 1.0,
+) -> None:
     """Draw and sound one body; timing as from `_timing`, way = (x at half time, drift over the clip)."""
     shape, restitution, radius, (x0, drift) = scene.shape or "disc", _restitution(scene), scene.radius, way
     times = impacts(*timing, restitution, scene.count + 1)

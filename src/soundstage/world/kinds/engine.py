@@ -37,8 +37,14 @@ def perform(stage: Stage, scene: Scene) -> None:
     stage.disc(x, y, radius, rgb(scene.colour))
     dark = stage.background * 0.6
     stage.disc(x + 0.62 * radius * np.cos(angle), y + 0.62 * radius * np.sin(angle), 0.3 * radius, dark)
-    stage.box(x + 0.3 * radius * np.cos(angle), y + 0.3 * radius * np.sin(angle), 0.3 * radius, 0.09 * radius, dark,
-              angle=angle)
+    stage.box(
+        x + 0.3 * radius * np.cos(angle),
+        y + 0.3 * radius * np.sin(angle),
+        0.3 * radius,
+        0.09 * radius,
+        dark,
+        angle=angle,
+    )
     stage.track("wheel", x, y, radius, angle)
     f0 = firing(scene.size)
     stage.envelopes["speed"] = Envelope(fine, turning)

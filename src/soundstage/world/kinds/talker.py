@@ -21,8 +21,10 @@ def voice(size: str) -> float:
 def formant_weights(f0: float, vowel: str, sample_rate: int) -> np.ndarray:
     """Level of each harmonic: a falling source through three resonances of 90, 120 and 180 Hz half width."""
     freqs = f0 * np.arange(1, int(min(4000, 0.45 * sample_rate) / f0) + 1)
-    gain = sum(level / (1 + ((freqs - centre) / width) ** 2)
-               for centre, width, level in zip(FORMANTS[vowel], (90, 120, 180), (1.0, 0.7, 0.3), strict=True))
+    gain = sum(
+        level / (1 + ((freqs - centre) / width) ** 2)
+        for centre, width, level in zip(FORMANTS[vowel], (90, 120, 180), (1.0, 0.7, 0.3), strict=True)
+    )
     weights = (gain + 0.02) / np.sqrt(freqs / freqs[0])
     return weights / np.sqrt((weights**2).sum())
 

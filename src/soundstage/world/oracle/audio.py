@@ -71,7 +71,7 @@ def _attack(power: np.ndarray, near: int, ms: float) -> float:
 
 def spectrum(wave: np.ndarray, sample_rate: int, start: float, stop: float) -> tuple[np.ndarray, np.ndarray]:
     """(frequencies in Hz, magnitudes) of [start, stop) seconds under a window that falls from its start."""
-    part = wave[max(0, round(start * sample_rate)): max(0, round(stop * sample_rate))]
+    part = wave[max(0, round(start * sample_rate)) : max(0, round(stop * sample_rate))]
     if len(part) < 64:
         return np.zeros(1), np.zeros(1)
     window = np.cos(np.linspace(0, np.pi / 2, len(part))) ** 2
@@ -88,7 +88,7 @@ def peak_frequency(freqs: np.ndarray, mags: np.ndarray, low: float = 90, high: f
     k = int(inside[np.argmax(mags[inside])])
     if not 0 < k < len(mags) - 1:
         return float(freqs[k])
-    a, b, c = np.log(mags[k - 1: k + 2] + 1e-12)
+    a, b, c = np.log(mags[k - 1 : k + 2] + 1e-12)
     bend = a - 2 * b + c
     return float(freqs[k] + (0.5 * (a - c) / bend if bend < 0 else 0.0) * (freqs[1] - freqs[0]))
 
@@ -96,8 +96,12 @@ def peak_frequency(freqs: np.ndarray, mags: np.ndarray, low: float = 90, high: f
 def pitches(wave: np.ndarray, sample_rate: int, times: np.ndarray) -> np.ndarray:
     """(A,) Hz: the strongest partial of the 120 ms after each onset, or until the next one."""
     ends = np.append(times[1:], len(wave) / sample_rate)[: len(times)] - 0.004
-    return np.array([peak_frequency(*spectrum(wave, sample_rate, t + 0.002, min(t + 0.12, end)))
-                     for t, end in zip(times, ends, strict=True)])
+    return np.array(
+        [
+            peak_frequency(*spectrum(wave, sample_rate, t + 0.002, min(t + 0.12, end)))
+            for t, end in zip(times, ends, strict=True)
+        ]
+    )
 
 
 def loudness_at(wave: np.ndarray, sample_rate: int, times: np.ndarray) -> np.ndarray:
@@ -137,12 +141,13 @@ def loudness(wave: np.ndarray, sample_rate: int, width: float = 0.024) -> tuple[
         return np.zeros(0), np.zeros(0)
     size = 1 << int(np.ceil(np.log2(len(wave) + len(window))))
     smooth = np.fft.irfft(np.fft.rfft(wave.astype(np.float64) ** 2, size) * np.fft.rfft(window, size), size)
-    power = smooth[len(window) // 2:][: len(wave): hop]
+    power = smooth[len(window) // 2 :][: len(wave) : hop]
     return np.arange(0, len(wave), hop) / sample_rate, np.sqrt(np.maximum(power, 0))
 
 
-def f0_track(wave: np.ndarray, sample_rate: int, low: float = 62, high: float = 650,
-             width: float = 0.064) -> tuple[np.ndarray, np.ndarray]:
+def f0_track(
+    wave: np.ndarray, sample_rate: int, low: float = 62, high: float = 650, width: float = 0.064
+) -> tuple[np.ndarray, np.ndarray]:
     """(t every 5 ms, f0 in Hz or nan where unvoiced) by normalised autocorrelation under a Hann window."""
     size, hop = round(width * sample_rate), round(0.005 * sample_rate)
     if len(wave) < size:
@@ -155,7 +160,7 @@ def f0_track(wave: np.ndarray, sample_rate: int, low: float = 62, high: float = 
     own = np.fft.irfft(np.abs(np.fft.rfft(window, length)) ** 2, length)[:size]
     first, last = int(sample_rate / high), min(int(sample_rate / low), size * 2 // 3)
     scaled = corr / np.maximum(corr[:, :1], 1e-9) / np.maximum(own / own[0], 0.02)
-    region = scaled[:, first: last + 1]
+    region = scaled[:, first : last + 1]
     peak = (region[:, 1:-1] >= region[:, :-2]) & (region[:, 1:-1] >= region[:, 2:])
     good = peak & (region[:, 1:-1] >= 0.88 * region.max(1, keepdims=True))
     lag = np.argmax(good, 1) + 1 + first

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from soundstage.world.oracle.video import colour_name, follow, has_floor, tone
+from soundstage.world.oracle.video import Body, colour_name, follow, has_floor, tone
 from soundstage.world.render import render, stream_item
 from soundstage.world.spec import KINDS, SIZES
 
@@ -59,6 +59,13 @@ def _fitted() -> tuple[np.ndarray, np.ndarray]:
     return weights, target - mean @ weights
 
 
+def _is_body(body: Body | None, seen: float, margin: float) -> bool:
+    """Large enough, seen in this share of the frames, and for the most part this far from both sides."""
+    if body is None or body.radius < 0.6 * min(SIZES.values()) or np.isfinite(body.x).mean() < seen:
+        return False
+    return margin <= float(np.nanmedian(body.x)) <= 1 - margin
+
+
 def look(frames: np.ndarray) -> str:
     """The kind that (F, H, W, 3) frames show.
 
@@ -71,12 +78,12 @@ def look(frames: np.ndarray) -> str:
     if best < len(LAYOUTS):
         return LAYOUTS[best]
     halves = [np.ascontiguousarray(half) for half in np.array_split(frames, 2, axis=2)]
-    if all(has_floor(half) and follow(half, "bounce") is not None for half in halves):
+    if all(_is_body(follow(half, "bounce"), 0.9, 0.2) and has_floor(half) for half in halves):
         left, right = (colour_name(tone(half, "bounce")) for half in halves)
         if left != right:
             return "duet"
     body = follow(frames, "bounce")
-    if body is None or body.radius < 0.6 * min(SIZES.values()) or np.isfinite(body.x).mean() < 0.4:
+    if not _is_body(body, 0.4, 0.0):
         return "offscreen"
     if not has_floor(frames):
         return "silent"

@@ -41,8 +41,9 @@ class Match:
         return float(np.median(rise)) if len(rise) >= 3 else float("nan")
 
 
-def coarse_lag(visual: np.ndarray, audio: np.ndarray, agree: np.ndarray, reach: float = 1.0,
-               width: float = 0.02) -> tuple[float, float]:
+def coarse_lag(
+    visual: np.ndarray, audio: np.ndarray, agree: np.ndarray, reach: float = 1.0, width: float = 0.02
+) -> tuple[float, float]:
     """(lag in [-reach, reach] s at which most events meet an onset that agrees, how many); the smallest of equals."""
     delta = audio[None, :] - visual[:, None]
     lags = np.arange(-reach, reach + 0.001, 0.002)
@@ -74,8 +75,9 @@ def pair(visual: np.ndarray, audio: np.ndarray, lag: float, gate: float) -> np.n
     return np.array(pairs[::-1], int).reshape(-1, 2)
 
 
-def match(visual: np.ndarray, audio: np.ndarray, *, agree: np.ndarray | None = None, gate: float = 0.25,
-          reach: float = 1.0) -> Match:
+def match(
+    visual: np.ndarray, audio: np.ndarray, *, agree: np.ndarray | None = None, gate: float = 0.25, reach: float = 1.0
+) -> Match:
     """Align the trains coarsely by cross-correlation over +-reach s, then pair one to one within `gate` s.
 
     agree: (V, A) in [0, 1], how well a sound fits an event (drum and pad, key and pitch); it breaks the ties of
@@ -90,8 +92,9 @@ def match(visual: np.ndarray, audio: np.ndarray, *, agree: np.ndarray | None = N
     return Match(pairs, audio[pairs[:, 1]] - visual[pairs[:, 0]], visual[pairs[:, 0]], lag)
 
 
-def count_hits(visual: np.ndarray, audio: np.ndarray, tolerance: float, window: tuple[float, float]) -> tuple[
-        int, int, int]:
+def count_hits(
+    visual: np.ndarray, audio: np.ndarray, tolerance: float, window: tuple[float, float]
+) -> tuple[int, int, int]:
     """(hits, misses, hallucinations) at `tolerance` s, without any shift.
 
     Unpaired events outside `window` are not counted: at the edges of a clip one sense may lack what the other has.

@@ -13,8 +13,14 @@ from soundstage.world.kinds.talker import MOUTH
 from soundstage.world.oracle.video import Body, patch
 
 
-def refine(model: Callable[[np.ndarray], np.ndarray], start: np.ndarray, data: np.ndarray, steps: np.ndarray,
-           scale: float, num: int = 25) -> tuple[np.ndarray, float]:
+def refine(
+    model: Callable[[np.ndarray], np.ndarray],
+    start: np.ndarray,
+    data: np.ndarray,
+    steps: np.ndarray,
+    scale: float,
+    num: int = 25,
+) -> tuple[np.ndarray, float]:
     """Gauss-Newton with Huber weights: (parameters, robust RMS of the residual).
 
     steps: finite-difference step of each parameter. scale: residual beyond which an observation counts linearly.
@@ -110,10 +116,10 @@ def _first_guess(t: np.ndarray, y: np.ndarray, low: np.ndarray, frame: float) ->
     a, b, c = y[low - 1], y[low], y[low + 1]
     times = t[low] + np.clip(0.5 * (a - c) / np.minimum(a - 2 * b + c, -1e-6), -1, 1) * frame
     level = float(y[low].max() + 0.01)
-    before, after = level - y[: low[0] + 1].min(), level - y[low[-1]:].min()
+    before, after = level - y[: low[0] + 1].min(), level - y[low[-1] :].min()
     guesses = []
     for i, j in pairwise(low):
-        guesses.append(8 * (level - y[i: j + 1].min()) / (t[j] - t[i]) ** 2)
+        guesses.append(8 * (level - y[i : j + 1].min()) / (t[j] - t[i]) ** 2)
     if not guesses:
         k = slice(max(0, low[0] - 4), low[0] + 1)
         if len(t[k]) < 3:
@@ -167,8 +173,9 @@ def _crossings(t: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return times, np.sign(angle[at + 1]), bpm
 
 
-def flashes(t: np.ndarray, frames: np.ndarray, boxes: tuple[tuple[float, ...], ...],
-            rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def flashes(
+    t: np.ndarray, frames: np.ndarray, boxes: tuple[tuple[float, ...], ...], rgb: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(times, box numbers) at which boxes light up, from the fall of their light exp(-t / FADE) after each hit.
 
     Between frames the time follows from the level: t_hit = t + FADE ln(light), averaged over the frames after.
@@ -194,8 +201,8 @@ def _lit(t: np.ndarray, row: np.ndarray, i: int) -> float:
     last = i
     while last + 1 < len(row) and last - i < 3 and 0.15 < row[last + 1] < row[last]:
         last += 1
-    level = np.clip(row[i: last + 1], 0.05, 1.2)
-    guess = np.average(t[i: last + 1] + FADE * np.log(level), weights=level**2)
+    level = np.clip(row[i : last + 1], 0.05, 1.2)
+    guess = np.average(t[i : last + 1] + FADE * np.log(level), weights=level**2)
     return float(np.clip(guess, t[i - 1], t[i]))
 
 
@@ -221,7 +228,7 @@ def mouth(frames: np.ndarray, body: Body) -> tuple[np.ndarray, np.ndarray]:
     dark = ((1 - body.inside) * inner)[:, y0:y1, x0:x1]
     middle = dark.shape[2] // 2
     half = max(1, round(0.1 * radius * width))
-    tall = dark[:, :, middle - half: middle + half].mean(2).sum(1) / (radius * height)
+    tall = dark[:, :, middle - half : middle + half].mean(2).sum(1) / (radius * height)
     wide = dark.max(1).sum(1) / 2 / (radius * width)
     return tall, wide
 
@@ -241,12 +248,13 @@ def syllables(t: np.ndarray, tall: np.ndarray, wide: np.ndarray) -> tuple[np.nda
         shape = np.array([np.median(wide[first:last][opening[first:last] >= 0.7 * peak]), peak / 2])
         names = list(MOUTH)
         vowels.append(names[int(np.argmin([np.abs(shape - np.array(MOUTH[v])).sum() for v in names]))])
-        starts.append(float(np.interp(0.5, openness[max(first - 1, 0): first + 1], t[max(first - 1, 0): first + 1])))
+        starts.append(float(np.interp(0.5, openness[max(first - 1, 0) : first + 1], t[max(first - 1, 0) : first + 1])))
     return np.array(starts), tuple(vowels), openness
 
 
-def best_lag(t: np.ndarray, seen: np.ndarray, fine: np.ndarray, heard: np.ndarray,
-             reach: float = 0.4) -> tuple[float, float, float]:
+def best_lag(
+    t: np.ndarray, seen: np.ndarray, fine: np.ndarray, heard: np.ndarray, reach: float = 0.4
+) -> tuple[float, float, float]:
     """(lag, correlation, rest): the shift in seconds at which heard(t + lag) explains seen(t) best, and how well.
 
     Level and scale are free: the residual of seen on [1, heard(t + lag)] is minimised over lags of 2 ms and refined by
@@ -261,7 +269,7 @@ def best_lag(t: np.ndarray, seen: np.ndarray, fine: np.ndarray, heard: np.ndarra
     k = int(np.argmin(error))
     lag = float(lags[k])
     if 0 < k < len(lags) - 1 and np.isfinite(error[[k - 1, k + 1]]).all():
-        low, here, high = error[k - 1: k + 2]
+        low, here, high = error[k - 1 : k + 2]
         lag += 0.001 * float((low - high) / max(low - 2 * here + high, 1e-15))
     use = (t + lag >= fine[0]) & (t + lag <= fine[-1])
     a, b = (c - np.polyval(np.polyfit(t[use], c, 1), t[use]) for c in (seen[use], np.interp(t[use] + lag, fine, heard)))

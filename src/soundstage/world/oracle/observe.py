@@ -84,9 +84,13 @@ def observe(clip: Clip, kind: str | None = None) -> Observation:
     wave = np.zeros(0, np.float32) if clip.wave is None else clip.wave.mean(0)
     rate = clip.sample_rate or 16000
     onsets = audio.onsets(wave, rate)
-    heard = {"audio": onsets, "pitches": audio.pitches(wave, rate, onsets),
-             "levels": audio.loudness_at(wave, rate, onsets), "drums": audio.drum_names(wave, rate, onsets),
-             "loudest": float(audio.loudness(wave, rate)[1].max(initial=0))}
+    heard = {
+        "audio": onsets,
+        "pitches": audio.pitches(wave, rate, onsets),
+        "levels": audio.loudness_at(wave, rate, onsets),
+        "drums": audio.drum_names(wave, rate, onsets),
+        "loudest": float(audio.loudness(wave, rate)[1].max(initial=0)),
+    }
     seen = Observation(kind="offscreen", duration=clip.duration, **heard)
     if clip.frames is None:
         source = _source(clip, wave, rate, seen, "offscreen", np.zeros((0, 1, 1, 3), np.uint8))
@@ -151,10 +155,21 @@ def _duet(source: _Source, seen: Observation) -> Observation:
     high = ((log > middle) & (log.max(initial=0) - log.min(initial=9) > 0.14)).astype(int)
     ways = [(matching.coarse_lag(times, seen.audio, labels[:, None] == own[None])[1], own) for own in (high, 1 - high)]
     sources = max(ways, key=lambda way: way[0])[1] if len(times) and len(high) else high
-    left, right = (_struck(replace(side, pitches=seen.pitches[sources == k]), side.radius)
-                   for k, side in enumerate(sides))
-    return replace(left, kind="duet", audio=seen.audio, pitches=seen.pitches, levels=seen.levels, drums=seen.drums,
-                   visual=times, seen=labels, other=right, sources=sources)
+    left, right = (
+        _struck(replace(side, pitches=seen.pitches[sources == k]), side.radius) for k, side in enumerate(sides)
+    )
+    return replace(
+        left,
+        kind="duet",
+        audio=seen.audio,
+        pitches=seen.pitches,
+        levels=seen.levels,
+        drums=seen.drums,
+        visual=times,
+        seen=labels,
+        other=right,
+        sources=sources,
+    )
 
 
 def _metronome(source: _Source, seen: Observation) -> Observation:
@@ -168,17 +183,25 @@ def _metronome(source: _Source, seen: Observation) -> Observation:
 
 def _drums(source: _Source, seen: Observation) -> Observation:
     times, pads = motion.flashes(source.t, source.frames, video.PADS, source.colour)
-    return replace(seen, colour=video.colour_name(source.colour), visual=times, seen=pads,
-                   pattern=tuple(DRUMS[p] for p in pads), heard=seen.drums, bpm=audio.tempo(times),
-                   tempo=audio.tempo(seen.audio))
+    return replace(
+        seen,
+        colour=video.colour_name(source.colour),
+        visual=times,
+        seen=pads,
+        pattern=tuple(DRUMS[p] for p in pads),
+        heard=seen.drums,
+        bpm=audio.tempo(times),
+        tempo=audio.tempo(seen.audio),
+    )
 
 
 def _typing(source: _Source, seen: Observation) -> Observation:
     times, keys = motion.flashes(source.t, source.frames, video.KEYS, source.colour)
     columns = keys // ROWS
     side = None if not len(columns) else ("left" if columns.mean() < (COLUMNS - 1) / 2 else "right")
-    seen = replace(seen, colour=video.colour_name(source.colour), visual=times, seen=columns, count=len(times),
-                   side=side)
+    seen = replace(
+        seen, colour=video.colour_name(source.colour), visual=times, seen=columns, count=len(times), side=side
+    )
     if not np.isfinite(seen.pitches).any():
         return seen
     # The six columns of a material span ten semitones and no two materials overlap: the pitch alone tells both.
@@ -203,7 +226,7 @@ def _engine(source: _Source, seen: Observation) -> Observation:
     if voiced.sum() < 20:
         return seen
     first, last = np.flatnonzero(voiced)[[0, -1]]
-    t, f0 = t[first: last + 1], np.interp(t[first: last + 1], t[voiced], f0[voiced])
+    t, f0 = t[first : last + 1], np.interp(t[first : last + 1], t[voiced], f0[voiced])
     phase = np.concatenate([[0.0], np.cumsum((f0[1:] + f0[:-1]) / 2 * np.diff(t))])
     lag, correlation, _ = motion.best_lag(source.t, angle, t, phase)
     inside = (source.t + lag >= t[0]) & (source.t + lag <= t[-1])
@@ -226,9 +249,15 @@ def _talker(source: _Source, seen: Observation) -> Observation:
     begins = audio.loud_starts(fine, loud)
     f0 = audio.f0_track(source.wave, source.rate)[1]
     f0 = f0[np.isfinite(f0)]
-    return replace(seen, audio=begins, pitches=np.full(len(begins), np.nan), lag=lag, correlation=correlation,
-                   f0=float(np.median(f0)) if len(f0) else None,
-                   heard=audio.vowel_names(source.wave, source.rate, begins))
+    return replace(
+        seen,
+        audio=begins,
+        pitches=np.full(len(begins), np.nan),
+        lag=lag,
+        correlation=correlation,
+        f0=float(np.median(f0)) if len(f0) else None,
+        heard=audio.vowel_names(source.wave, source.rate, begins),
+    )
 
 
 def _roll(source: _Source, seen: Observation) -> Observation:
@@ -273,6 +302,14 @@ def _offscreen(source: _Source, seen: Observation) -> Observation:
 
 
 READERS: dict[str, Callable[[_Source, Observation], Observation]] = {
-    "bounce": _bounce, "duet": _duet, "metronome": _metronome, "drums": _drums, "engine": _engine, "typing": _typing,
-    "talker": _talker, "roll": _roll, "silent": _silent, "offscreen": _offscreen,
+    "bounce": _bounce,
+    "duet": _duet,
+    "metronome": _metronome,
+    "drums": _drums,
+    "engine": _engine,
+    "typing": _typing,
+    "talker": _talker,
+    "roll": _roll,
+    "silent": _silent,
+    "offscreen": _offscreen,
 }

@@ -74,8 +74,12 @@ def sync(seen: Observation) -> dict[str, float]:
     found = align(seen)
     out["misses"] = float(len(seen.visual) - len(found.offsets))
     out["hallucinations"] = float(len(seen.audio) - len(found.offsets))
-    values = {"offset_ms": found.median, "abs_offset_ms": float(np.median(np.abs(found.offsets))) if len(
-        found.offsets) else float("nan"), "spread_ms": found.spread, "drift_ms_per_s": found.drift}
+    values = {
+        "offset_ms": found.median,
+        "abs_offset_ms": float(np.median(np.abs(found.offsets))) if len(found.offsets) else float("nan"),
+        "spread_ms": found.spread,
+        "drift_ms_per_s": found.drift,
+    }
     return out | {name: 1000 * value for name, value in values.items() if np.isfinite(value)}
 
 
@@ -99,11 +103,13 @@ def pitch_errors(seen: Observation, fields: Mapping[str, object]) -> dict[str, f
         expected = (firing if kind == "engine" else voice)(str(size))
         out["pitch_semitones"] = float(abs(semitones(seen.f0, expected)))
     if kind in ("bounce", "metronome", "roll", "duet") and material and seen.f0 and seen.radius:
-        out["pitch_radius_semitones"] = float(abs(semitones(
-            seen.f0, MATERIALS[str(material)].stiffness / seen.radius)))
+        out["pitch_radius_semitones"] = float(abs(semitones(seen.f0, MATERIALS[str(material)].stiffness / seen.radius)))
     if kind == "drums":
-        tones = [semitones(hz, DRUM_PITCH[name]) for hz, name in zip(seen.pitches, seen.drums, strict=True)
-                 if name in DRUM_PITCH and np.isfinite(hz)]
+        tones = [
+            semitones(hz, DRUM_PITCH[name])
+            for hz, name in zip(seen.pitches, seen.drums, strict=True)
+            if name in DRUM_PITCH and np.isfinite(hz)
+        ]
         if tones:
             out["pitch_semitones"] = float(np.median(np.abs(tones)))
     if kind == "typing" and material and len(seen.visual):
@@ -126,8 +132,11 @@ def _follows(words: tuple[str, ...] | None, pattern: tuple[str, ...], kind: str)
 
 def content(seen: Observation, fields: Mapping[str, object]) -> dict[str, float]:
     """Is it what was asked: 1 or 0 for each named field, tempo errors in percent, pitch errors in semitones."""
-    out = {name: float(getattr(seen, name) == fields[name])
-           for name in ("colour", "size", "shape", "material", "count", "trend", "side") if name in fields}
+    out = {
+        name: float(getattr(seen, name) == fields[name])
+        for name in ("colour", "size", "shape", "material", "count", "trend", "side")
+        if name in fields
+    }
     if seen.looks is not None:
         out["kind"] = float(seen.looks == fields["kind"])
     if "count" in fields:
@@ -179,8 +188,10 @@ def _both(seen: Observation, fields: Mapping[str, object], first: dict[str, floa
 def _fields(wanted: Scene | Mapping[str, object] | str) -> Mapping[str, object]:
     fields = wanted.fields if isinstance(wanted, Scene) else parse(wanted) if isinstance(wanted, str) else wanted
     if "kind" not in fields:
-        raise ValueError(f"wanted: {wanted!r} names no kind of the world; say for example "
-                         "'a small red metal ball bounces three times'")
+        raise ValueError(
+            f"wanted: {wanted!r} names no kind of the world; say for example "
+            "'a small red metal ball bounces three times'"
+        )
     return fields
 
 

@@ -45,7 +45,7 @@ def ground(frames: np.ndarray, kind: str) -> np.ndarray:
 def has_floor(frames: np.ndarray) -> bool:
     """True where the bottom of the picture is a lighter band."""
     height, luma = frames.shape[1], ground(frames, "bounce").mean((0, 2, 3))
-    below, above = luma[round(0.9 * height):], luma[round(0.68 * height): round(0.82 * height)]
+    below, above = luma[round(0.9 * height) :], luma[round(0.68 * height) : round(0.82 * height)]
     return float(np.median(below) - np.median(above)) > 12
 
 
@@ -55,7 +55,7 @@ def patch(frames: np.ndarray, box: tuple[float, float, float, float], shrink: fl
     x, y, half_w, half_h = box
     y0, y1 = round((y - shrink * half_h) * height), round((y + shrink * half_h) * height)
     x0, x1 = round((x - shrink * half_w) * width), round((x + shrink * half_w) * width)
-    return frames[:, y0: max(y1, y0 + 1), x0: max(x1, x0 + 1)]
+    return frames[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
 
 
 def tone(frames: np.ndarray, kind: str) -> np.ndarray:
@@ -114,7 +114,7 @@ def follow(frames: np.ndarray, kind: str) -> Body | None:
     inside = np.clip((frames.astype(np.float32) - base) @ (way / (way @ way)).astype(np.float32), 0, 1)
     inside = np.where(inside < 0.16, np.float32(0), inside)
     if kind in LOWEST:
-        inside[:, round(LOWEST[kind] * height):] = 0
+        inside[:, round(LOWEST[kind] * height) :] = 0
     solid = inside * (inside > 0.5)
     area, x, y = _centroid(solid)
     typical = float(np.median(area))
