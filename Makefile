@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: install demo test check
+.PHONY: install demo test check picture
 install: $(STAMP)
 
 # torch goes first and alone, so that the build chosen here is the one every later package is resolved against.
@@ -22,6 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/soundstage generate "a small red metal ball bounces three times" -o outputs/ball.mp4 --sheet
+
+# The picture of the README.
+picture: demo
+	cp outputs/ball.png docs/images/ball.png
 
 test: $(STAMP)
 	$(OFFLINE) $(BIN)/python -m pytest

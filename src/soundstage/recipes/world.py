@@ -72,7 +72,12 @@ class WorldSource:
 
 
 def video_codec() -> TrainConfig:
-    """The causal video autoencoder."""
+    """The causal video autoencoder.
+
+    soundstage train soundstage.recipes.world:video_codec
+
+    25 600 clips in about 22 minutes on two busy cores of an AMD EPYC: mean absolute error 0.027 of [-1, 1].
+    """
     return TrainConfig(
         name="world-video-codec",
         model=VideoCodecConfig(),
@@ -90,7 +95,12 @@ def video_codec() -> TrainConfig:
 
 
 def audio_codec() -> TrainConfig:
-    """The mel autoencoder and its vocoder."""
+    """The mel autoencoder and its vocoder.
+
+    soundstage train soundstage.recipes.world:audio_codec
+
+    25 600 clips in 14 minutes on one busy core of an AMD EPYC: mean absolute error 0.07 decades of mel magnitude.
+    """
     return TrainConfig(
         name="world-audio-codec",
         model=AudioCodecConfig(),
@@ -141,7 +151,13 @@ MIXTURE = (
 
 
 def tiny() -> TrainConfig:
-    """The tiny joint model: 4.2 M parameters, 36 video and 33 audio tokens, every task at once."""
+    """The tiny joint model: 4.2 M parameters, 36 video and 33 audio tokens, every task at once.
+
+    soundstage train soundstage.recipes.world:tiny
+
+    268 800 samples in 65 minutes on two busy cores of an AMD EPYC without AMX; the figures are in the card of the
+    shipped model (weights/world-tiny/README.md), which these settings made.
+    """
     tasks = {"t2av": 0.5, "a2v": 0.1, "v2a": 0.1, "i2av": 0.08, "extension": 0.06, "inpainting_time": 0.06}
     return TrainConfig(
         name="world-tiny",
@@ -151,7 +167,7 @@ def tiny() -> TrainConfig:
             tasks=tasks | {"t2v": 0.05, "t2a": 0.05},
         ),
         data=Latents(World(seed=1, kinds=MIXTURE), WorldCodec(), tokenize, num=40000),
-        steps=6000,
+        steps=2800,
         batch_size=96,
         precision="bf16",
         optim=Optim(kind="muon", lr=2e-3, warmup=100, schedule="wsd", decay=0.35, weight_decay=0.01),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,8 @@ from soundstage.world.kinds.drums import DIM, FADE
 from soundstage.world.kinds.metronome import PIVOT, SWING
 from soundstage.world.kinds.talker import MOUTH
 from soundstage.world.oracle.video import Body, patch
+
+MARK, MARK_AT = 0.24, 0.68  # radius of a rolling ball's mark and its distance from the centre, in radii
 
 
 def refine(
@@ -216,6 +219,27 @@ def turning(frames: np.ndarray, body: Body) -> np.ndarray:
     return np.unwrap(np.arctan2((dark * dy).sum((1, 2)), (dark * dx).sum((1, 2))))
 
 
+def rolling(frames: np.ndarray, body: Body) -> tuple[np.ndarray, np.ndarray]:
+    """(F,) x as a fraction of the frame, and (F,) angle in radians, of a ball with a dark mark near its rim.
+
+    Its centroid is not moved by blur, as its outline is where the mark lies at the rim; the mark draws it away by a
+    known part of the radius, in the direction that the turning tells, and the turning is read again about the result.
+    """
+    height, width = frames.shape[1:3]
+    dx = ((np.arange(width) + 0.5) / width - body.x[:, None])[:, None, :]
+    dy = ((np.arange(height) + 0.5) / height - body.y[:, None])[:, :, None]
+    reach = body.radius + 2.5 / height
+    weight = body.inside * np.clip((reach - np.hypot(dx, dy)) * height + 0.5, 0, 1)
+    area = np.maximum(weight.sum((1, 2)), 1e-6)
+    x, y = body.x + (weight * dx).sum((1, 2)) / area, body.y + (weight * dy).sum((1, 2)) / area
+    pull = MARK_AT * MARK**2 / (1 - MARK**2) * body.radius
+    angle = turning(frames, body)
+    for _ in range(2):
+        centred = replace(body, x=x + pull * np.cos(angle), y=y + pull * np.sin(angle))
+        angle = turning(frames, centred)
+    return x + pull * np.cos(angle), angle
+
+
 def mouth(frames: np.ndarray, body: Body) -> tuple[np.ndarray, np.ndarray]:
     """(F,) open height and (F,) half width of the mouth, in radii of the face."""
     height, width = frames.shape[1:3]
@@ -275,6 +299,28 @@ def best_lag(
     a, b = (c - np.polyval(np.polyfit(t[use], c, 1), t[use]) for c in (seen[use], np.interp(t[use] + lag, fine, heard)))
     power = float(np.sqrt((a @ a) * (b @ b)))
     return lag, abs(float(a @ b)) / power if power > 1e-12 else 0.0, float(error[k])
+
+
+def joint_lag(
+    t: np.ndarray, curves: tuple[np.ndarray, ...], fine: np.ndarray, heard: np.ndarray, reach: float = 0.03
+) -> tuple[float, float]:
+    """(lag, correlation) as of `best_lag`, from several readings (F,) of one motion with errors of unknown size.
+
+    Around the lag of the best reading, the product of what the readings leave unexplained is minimised (the maximum of
+    the Gaussian likelihood). All lags are compared over the same frames, for a frame more or less makes a step.
+    """
+    lag, correlation, _ = min((best_lag(t, curve, fine, heard) for curve in curves), key=lambda fit: fit[2])
+    lags = lag + np.arange(-reach, reach + 0.0005, 0.001)
+    use = (t + lags[0] >= fine[0]) & (t + lags[-1] <= fine[-1])
+    if use.sum() < 6:
+        return lag, correlation
+    shifted = [np.interp(t[use] + s, fine, heard) for s in lags]
+    error = np.array([sum(np.log(_unexplained(c[use], h) + 1e-9) for c in curves) for h in shifted])
+    k = int(np.argmin(error))
+    if not 0 < k < len(lags) - 1:
+        return float(lags[k]), correlation
+    low, here, high = error[k - 1 : k + 2]
+    return float(lags[k]) + 0.0005 * float((low - high) / max(low - 2 * here + high, 1e-15)), correlation
 
 
 def _unexplained(seen: np.ndarray, heard: np.ndarray) -> float:

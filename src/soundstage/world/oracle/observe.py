@@ -286,9 +286,12 @@ def _roll(source: _Source, seen: Observation) -> Observation:
         turn = fine[middle][np.argmin(smooth[middle])]
         signed = np.where(fine < turn, loud, -loud)
     way = np.concatenate([[0.0], np.cumsum((signed[1:] + signed[:-1]) / 2 * np.diff(fine))])
-    # The way is read twice, from the ball's place and from its turning, which a shaking camera does not disturb.
-    ways = (x, motion.turning(source.frames, source.body)[known])
-    lag, correlation, _ = min((motion.best_lag(t, seen_way, fine, way) for seen_way in ways), key=lambda fit: fit[2])
+    # The way is read from the ball's place and from its turning, which a shaking camera does not disturb. Blur bends
+    # the outline, so the centroid stands in for it where it leaves less than half as much unexplained.
+    centre, angle = (reading[known] for reading in motion.rolling(source.frames, source.body))
+    rests = [motion.best_lag(t, reading, fine, way)[2] for reading in (x, centre)]
+    place = centre if rests[1] < 0.5 * rests[0] else x
+    lag, correlation = motion.joint_lag(t, (place, angle), fine, way)
     return replace(seen, f0=f0, material=nearest_material(f0, seen.radius), lag=lag, correlation=correlation)
 
 
