@@ -178,7 +178,7 @@ def test_floors_are_as_published() -> None:
     rows = floors(8, 9001)
     for row in rows:
         limit = 2.5 if row["picture"] == "clean" else 10
-        assert row["p95_ms"] < (limit if row["kind"] in EVENT_KINDS else 20), row
+        assert row["max_ms"] < limit, row
         assert row["colour"] == row["kind_read"] == 1.0
         assert row.get("f1@45", 1.0) > 0.99
     assert markdown(rows).count("\n") == len(rows) + 2
