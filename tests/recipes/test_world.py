@@ -19,6 +19,7 @@ from soundstage.testing.tiny import tiny
 from soundstage.training.config import TrainConfig
 from soundstage.training.engine import train
 from soundstage.training.metrics import read
+from soundstage.training.state import Validation
 
 SMALL = UnifiedDiTConfig(width=32, depth=1, num_heads=2, rank=8, text=ByteTextConfig(16, 1, 2), text_inner=16)
 
@@ -55,6 +56,18 @@ def test_tiny_trains_resumes_packs_and_generates(codecs: world.WorldCodec, tmp_p
     packed = Generator.load(folder).system.codec
     latents = packed.encode(world.to_media(made.clip, ClipShape()).map(lambda x: x[None]))
     assert torch.isfinite(torch.cat([x.flatten() for x in latents.values()])).all()
+
+
+def test_the_score_of_a_run_is_measured_and_its_clips_kept(codecs: world.WorldCodec, tmp_path: Path) -> None:
+    config = _small(codecs, tmp_path / "run", 1)
+    student = config.model.build().eval()
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    found = world.score(Validation(1, student, {}, config, torch.device("cpu"), folder))
+    # an untrained model is scored all the same: nothing fits, and what cannot be measured is left out
+    assert found["world/f1@45"] < 0.5
+    assert all(math.isfinite(value) for value in found.values())
+    assert len(list(folder.glob("*.mp4"))) == 24
 
 
 def test_the_source_is_pure_and_keeps_to_its_kinds() -> None:

@@ -208,7 +208,8 @@ def score(validation: Validation) -> dict[str, float]:
         for key, value in Oracle()(one.clip, item.wanted).items():
             found.setdefault(key, []).append(value)
     wanted = ("f1@45", "abs_offset_ms", "kind", "colour", "pitch_semitones", "misses", "hallucinations")
-    return {f"world/{key}": float(np.nanmean(found[key])) for key in wanted if not np.isnan(found[key]).all()}
+    measured = {key: [value for value in found.get(key, ()) if np.isfinite(value)] for key in wanted}
+    return {f"world/{key}": float(np.mean(values)) for key, values in measured.items() if values}
 
 
 def pack(run: str | Path, folder: str | Path, recipe: TrainConfig | None = None) -> Path:
