@@ -252,3 +252,35 @@ def test_errors(toy: Denoise, x: AV[Tensor], text: Conditions, at: At, modalitie
     if "audio" in modalities:
         with pytest.raises(ModalityError, match="no 'audio' here"):
             Guided(toy, Conditions(), AV(video=2.0))(x, at(0.5), text)
+
+
+def test_apart_equals_together_and_costs_two_calls() -> None:
+    """Two calls of one sample each in place of one of two, with the same answer."""
+    sizes: list[int] = []
+
+    def denoiser(x_t: AV, t: AV, cond: Conditions, *, r: AV | None = None) -> AV:  # noqa: ARG001
+        sizes.append(x_t.batch)
+        return x_t.map(lambda x, words: x * words.mean((1, 2)).reshape(-1, 1, 1, 1, 1), cond.text)
+
+    x, t = AV(video=torch.randn(1, 2, 3, 4, 4)), AV(video=torch.ones(1))
+    told = [Conditions(text=AV(video=torch.full((1, 3, 2), value))) for value in (2.0, 0.5)]
+    made = [Guided(denoiser, told[1], AV(3.0, 3.0), together=how)(x, t, told[0]) for how in (True, False)]
+    torch.testing.assert_close(made[0]["video"], made[1]["video"])
+    assert sizes == [2, 1, 1]
+
+
+def test_joined_conditions_are_the_same_tensors_at_every_step() -> None:
+    seen: list[torch.Tensor] = []
+
+    def denoiser(x_t: AV, t: AV, cond: Conditions, *, r: AV | None = None) -> AV:  # noqa: ARG001
+        seen.append(cond.text["video"])
+        return x_t
+
+    x, t = AV(video=torch.randn(1, 2, 3, 4, 4)), AV(video=torch.ones(1))
+    cond, negative = (Conditions(text=AV(video=torch.randn(1, 3, 2))) for _ in range(2))
+    guided = Guided(denoiser, negative, AV(3.0, 3.0))
+    with torch.no_grad():
+        guided(x, t, cond), guided(x, t, cond), guided(x, t, Conditions(text=cond.text))
+    assert seen[0] is seen[1]
+    assert seen[2] is not seen[0]
+    torch.testing.assert_close(seen[2], seen[0])

@@ -21,7 +21,7 @@ from soundstage.world import caption, render, sample_scene
 
 @pytest.fixture(autouse=True)
 def tiny(make_system: Callable[..., System], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Generator, "load", lambda *_: Generator(make_system()))
+    monkeypatch.setattr(Generator, "load", lambda *_, **__: Generator(make_system()))
     monkeypatch.chdir(tmp_path)
 
 

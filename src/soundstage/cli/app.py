@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import sys
-from typing import Annotated
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -52,6 +54,7 @@ def main(args: list[str] | None = None) -> None:
     Any other exception is a defect and keeps its traceback; `--debug` before the command keeps every traceback.
     """
     args = sys.argv[1:] if args is None else args
+    warnings.showwarning = _showing(warnings.showwarning)
     try:
         code = typer.main.get_command(app)(args or ["--help"], prog_name="soundstage", standalone_mode=False)
     except typer.Abort:
@@ -63,6 +66,18 @@ def main(args: list[str] | None = None) -> None:
         typer.echo(f"error: {message}", err=True)
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _showing(others: Callable[..., None]) -> Callable[..., None]:
+    """Cautions as one line on stderr; other warnings as ever."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:  # noqa: ANN401
+        if any(each.__name__ == "Caution" and each.__module__.startswith("soundstage.") for each in category.__mro__):
+            typer.echo(f"warning: {message}", err=True)
+        else:
+            others(message, category, *where, **more)
+
+    return show
 
 
 REMEDIES = {

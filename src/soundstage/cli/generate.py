@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from soundstage.media.clip import Clip
 
 MOST_CLIPS = 10_000
-AT_ONCE = 32  # clips made before they are written, so that stopping long work loses little
 SURE = 0.5  # confidence from which an offset between onsets and motion is told
 
 
@@ -43,7 +43,15 @@ def command(
     guidance: Annotated[
         str | None, typer.Option(help="How closely to follow the prompt: one scale, or VIDEO,AUDIO; 1 is none.")
     ] = None,
+    negative: Annotated[str | None, typer.Option(help="What guidance leads away from; default the model's.")] = None,
+    negative_audio: Annotated[str | None, typer.Option(help="The same for the sound alone.")] = None,
+    skip_layer: Annotated[
+        int | None, typer.Option(help="Block left out of the negative prediction, -1 for none; default the model's.")
+    ] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds; default the model's own length.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH such as 704x1280, or an aspect such as 16:9; default the image's.")
+    ] = None,
     strength: Annotated[
         str | None, typer.Option(help="How much an edit makes anew, 0 to 1: one number, or VIDEO,AUDIO.")
     ] = None,
@@ -53,7 +61,19 @@ def command(
     sheet: Annotated[
         bool, typer.Option("--sheet", help="Also write a .png of frames over the waveform beside each clip.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="Name or folder of a model; default world-tiny.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name or folder of a model (soundstage models list); default world-tiny.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder with a published model's own files (soundstage models fetch).")
+    ] = None,
+    accelerate: Annotated[
+        str | None,
+        typer.Option(
+            help="Switches, comma-separated: int8 or fp8, offload, compile, attention=NAME, together, apart, "
+            "tiles=N, bf16-norms, no-text-memo."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default cuda where present.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per clip and line, for programs.")] = False,
 ) -> None:
@@ -68,6 +88,8 @@ def command(
       soundstage generate "a face says ah oo" --audio voice.wav -o face.mp4
       soundstage generate "a red ball bounces" --video ball.mp4 --task inpaint --range 0.5:1.0
       soundstage generate --prompts prompts.txt --json -o clips/clip.mp4
+      soundstage generate "A man says <S>hello<E>. Audio: calm voice" --model ovi --weights ovi --size 16:9
+      soundstage generate "waves on a shore" --model wan2.2-5b --weights wan --accelerate offload,int8
     """
     sentences = _sentences(prompt, prompts, given=any((image, audio, video)))
     wanted = _wanted(sentences, num, seed)
@@ -80,12 +102,18 @@ def command(
         "steps": steps,
         "sampler": sampler,
         "guidance": _pair("guidance", guidance),
+        "negative": (negative, negative if negative_audio is None else negative_audio),
+        "skip_layer": skip_layer,
         "duration": duration,
+        "size": size,
         "strength": _pair("strength", strength),
         "ranges": [_range(text) for text in range_ or []],
     }
-    given = {"image": image, "audio": audio, "video": video, "model": model}
-    for path, generated in zip(_paths(out, len(wanted)), _made(wanted, request, model, device), strict=True):
+    loaded = {"model": model, "weights": weights, "accelerate": accelerate}
+    told = {"negative": negative, "negative_audio": negative_audio, "skip_layer": skip_layer, "size": size}
+    given = {"image": image, "audio": audio, "video": video, **loaded, **told}
+    made = _made(wanted, request, device, **loaded)
+    for path, generated in zip(_paths(out, len(wanted)), made, strict=False):  # nothing on a second process
         generated.record["command"] = _command(generated, given)
         path.parent.mkdir(parents=True, exist_ok=True)
         generated.save(path)
@@ -157,22 +185,34 @@ def _range(text: str) -> tuple[float, float]:
 
 
 def _made(
-    wanted: list[tuple[str, int]], request: dict[str, Any], model: str | None, device: str | None
+    wanted: list[tuple[str, int]],
+    request: dict[str, Any],
+    device: str | None,
+    model: str | None,
+    weights: Path | None,
+    accelerate: str | None,
 ) -> Iterator[Generated]:
-    """Each clip as soon as its part of the work is done."""
+    """Each clip as soon as it is done; under torchrun the processes share the work and the first has the clips."""
     from soundstage.cli.progress import progress
+    from soundstage.inference.accelerate import Switches
     from soundstage.inference.generator import Generator
+    from soundstage.inference.parallel import init_from_env, leave
 
-    generator = Generator.load(model, device)
-    for start in range(0, len(wanted), AT_ONCE):
-        part = wanted[start : start + AT_ONCE]
-        prompts, seeds = [prompt for prompt, _ in part], [seed for _, seed in part]
-        which = f" {start + 1} to {start + len(part)} of {len(wanted)}" if len(part) < len(wanted) else ""
-        with progress(f"generating{which}", 100) as advance:
-            made = generator.generate(
-                prompts, seed=seeds, on_step=lambda done, total: advance.reach(100 * done // total), **request
-            )
-        yield from made
+    switches = Switches.parse(accelerate or "")
+    group, rank, here = init_from_env(device)
+    try:
+        generator = Generator.load(model, here, weights=weights, switches=switches, group=group)
+        with progress("generating", 100) if rank == 0 else nullcontext() as advance:
+            for made in generator.stream(
+                [prompt for prompt, _ in wanted],
+                seed=[seed for _, seed in wanted],
+                on_step=lambda done, total: advance and advance.reach(100 * done // total),
+                **request,
+            ):
+                if rank == 0:
+                    yield made
+    finally:
+        leave()
 
 
 def _paths(out: Path, count: int) -> list[Path]:
@@ -194,7 +234,7 @@ def _command(generated: Generated, given: dict[str, Any]) -> str:
     for start, end in record.get("ranges", ()):
         words += ["--range", f"{start:g}:{end:g}"]
     for name, value in given.items():
-        words += [f"--{name}", str(value)] if value is not None else []
+        words += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
     return shlex.join(words)
 
 

@@ -3,8 +3,9 @@
 from soundstage.core.av import AV, MODALITIES, cat, collate, split, spread
 from soundstage.core.batch import Batch
 from soundstage.core.conditions import Conditions
-from soundstage.core.denoiser import Codec, Denoiser, Losses, StreamGeometry
+from soundstage.core.denoiser import Codec, Denoiser, Losses, StreamGeometry, Tileable
 from soundstage.core.errors import (
+    Caution,
     ConfigError,
     MissingExtra,
     ModalityError,
@@ -28,6 +29,7 @@ __all__ = [
     "MODALITIES",
     "SAMPLERS",
     "Batch",
+    "Caution",
     "Codec",
     "Conditions",
     "ConfigError",
@@ -49,6 +51,7 @@ __all__ = [
     "Shifted",
     "SoundstageError",
     "StreamGeometry",
+    "Tileable",
     "TimeLaw",
     "TokenShift",
     "Uniform",

@@ -74,3 +74,10 @@ class Codec(Protocol):
     def encode(self, media: AV[Tensor]) -> AV[Tensor]: ...
 
     def decode(self, latents: AV[Tensor]) -> AV[Tensor]: ...
+
+
+@runtime_checkable
+class Tileable(Protocol):
+    """A codec that can work on tiles: latent cells per side; None = whole pictures, "auto" = by the memory there is."""
+
+    tile: int | str | None

@@ -37,6 +37,10 @@ class MissingExtra(SoundstageError, ImportError):
         super().__init__(f'{package} is not installed: run pip install "soundstage[{extra}]"')
 
 
+class Caution(UserWarning):
+    """Something is done otherwise than asked, or may disappoint; the text names the remedy."""
+
+
 def one_of(name: str, value: object, allowed: Iterable[str]) -> ConfigError:
     """The error for a value outside a set of names, with the nearest name as the remedy."""
     names = sorted(allowed)

@@ -8,7 +8,7 @@ v = v_strong + (scale - 1) (v_strong - v_weak), per modality. The weak predictio
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class APG:
 
 @dataclass(frozen=True, eq=False)
 class Guided:
-    """Classifier-free guidance (arXiv:2207.12598) with a scale per modality; both predictions in one batched call.
+    """Classifier-free guidance (arXiv:2207.12598) with a scale per modality.
 
     negative: what the weak prediction is told. Text absent in it means no text; reference, control, mask and positions
         absent in it are those of the call, and a batch of one serves every sample. None means the same conditions.
@@ -55,6 +55,8 @@ class Guided:
     interval: levels t, ends included, at which guidance acts (arXiv:2404.07724); per modality by its own t.
     weak: another denoiser for the weak prediction, in a call of its own.
     projection: a rule for the difference, such as APG().
+    together: both predictions in one batched call, or in two calls that need half of the memory. A weak denoiser always
+        costs a call of its own.
     """
 
     denoiser: Denoiser
@@ -63,6 +65,8 @@ class Guided:
     interval: tuple[float, float] = (0.0, 1.0)
     weak: Denoiser | None = None
     projection: APG | None = None
+    together: bool = True
+    _joined: list[tuple[Conditions, Conditions]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.negative is None and self.weak is None:
@@ -88,16 +92,20 @@ class Guided:
         self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, r: AV[Tensor] | None
     ) -> tuple[AV[Tensor], AV[Tensor]]:
         negative = cond if self.negative is None else _complete(self.negative, cond, x_t)
-        if self.weak is not None:
-            return self.denoiser(x_t, t, cond, r=r), self.weak(x_t, t, negative, r=r)
-        v = self.denoiser(
-            cat([x_t, x_t]),
-            cat([t, t]),
-            Conditions.cat([cond, negative]),
-            r=None if r is None else cat([r, r]),
-        )
+        if self.weak is not None or not self.together:
+            return self.denoiser(x_t, t, cond, r=r), (self.weak or self.denoiser)(x_t, t, negative, r=r)
+        both = self._both(cond, negative)
+        v = self.denoiser(cat([x_t, x_t]), cat([t, t]), both, r=None if r is None else cat([r, r]))
         strong, weak = split(v, 2)
         return strong, weak
+
+    def _both(self, cond: Conditions, negative: Conditions) -> Conditions:
+        """Both conditions as one batch: the same tensors for the same `cond`, so that a memo of the text can hold."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return Conditions.cat([cond, negative])
+        if not self._joined or self._joined[0][0] is not cond:
+            self._joined[:] = [(cond, Conditions.cat([cond, negative]))]
+        return self._joined[0][1]
 
     @property
     def _always(self) -> bool:

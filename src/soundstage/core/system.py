@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from soundstage.core.av import AV
 from soundstage.core.conditions import Conditions
@@ -33,6 +34,8 @@ class Sampling:
     sampler: a name in core.sampling.SAMPLERS. steps: number of steps.
     shift: time shift of the grid per modality (1 = linear). guidance: scale per modality (1 = none).
     times: an explicit descending list of times from 1 to 0 (few-step students), in place of steps and shift.
+    start: first level of the grid, before the shift (Wan and Ovi: 0.999). negative: what guidance leads away from, in
+    words, per modality. skip_layer: the block left out of the negative prediction; None leaves out none.
     """
 
     sampler: str = "euler"
@@ -40,6 +43,52 @@ class Sampling:
     shift: AV[float] = field(default_factory=lambda: AV(1.0, 1.0))
     guidance: AV[float] = field(default_factory=lambda: AV(1.0, 1.0))
     times: tuple[float, ...] | None = None
+    start: float = 1.0
+    negative: AV[str] = field(default_factory=lambda: AV("", ""))
+    skip_layer: int | None = None
+
+
+class SizeRule(Protocol):
+    """Which picture sizes a model makes. Sizes are (height, width) in pixels."""
+
+    def check(self, height: int, width: int) -> None:
+        """Raises RequestError, naming the nearest possible size, for one that cannot be made."""
+        ...
+
+    def of_aspect(self, text: str) -> tuple[int, int]:
+        """The size for an aspect such as "16:9", width before height."""
+        ...
+
+    def of_image(self, height: int, width: int) -> tuple[int, int]:
+        """The size for a first frame of that many pixels."""
+        ...
+
+    def image(self, frame: Any, size: tuple[int, int]) -> Tensor:  # noqa: ANN401
+        """(H, W, 3) uint8 array -> (1, 3, 1, height, width) in [-1, 1], as the model was trained to be given it."""
+        ...
+
+
+class Deferred:
+    """A denoiser built when it is first called, so that its weights come after the text encoder's have gone."""
+
+    def __init__(self, build: Callable[[], Denoiser]) -> None:
+        self._build: Callable[[], Denoiser] | None = build
+        self._built: Denoiser | None = None
+
+    @property
+    def built(self) -> bool:
+        """Whether it has been called."""
+        return self._build is None
+
+    def get(self) -> Denoiser:
+        """The denoiser itself."""
+        if self._build is not None:
+            self._built, self._build = self._build(), None
+        assert self._built is not None
+        return self._built
+
+    def __call__(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:
+        return self.get()(x_t, t, cond, r=r)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +100,14 @@ class System:
     modalities: what it can generate, video first. shape: latent shape of one sample at the default length, without
         the batch: video (C, F, H, W), audio (C, A).
     info: what the card says (name, version, hash ...) and "folder", where it was loaded from.
+    form: a prompt as the user wrote it -> in the words that the model was trained on; warns where it changes them.
+    skipping: blocks to leave out -> the same denoiser without them; None where the model cannot.
+    sizes: which picture sizes it makes; None = only its own.
+    other_lengths: for a model of one length, where other lengths are to be had; None = any length.
+    needs: inputs that every request must give, such as "image". cautions: by task, why it may disappoint.
+    encode_image: a first frame (1, 3, 1, H, W) in [-1, 1] and the latent shape of one sample -> Conditions, for a model
+        that is told its first frame; None for one whose first frame is known latents.
+    activation_bytes: latent shapes of one sample -> bytes that one call on it needs beside the weights.
     """
 
     name: str
@@ -61,6 +118,14 @@ class System:
     modalities: tuple[str, ...]
     shape: AV[tuple[int, ...]]
     info: dict[str, Any] = field(default_factory=dict)
+    form: Callable[[str], str] | None = None
+    skipping: Callable[[tuple[int, ...]], Denoiser] | None = None
+    sizes: SizeRule | None = None
+    other_lengths: str | None = None
+    needs: tuple[str, ...] = ()
+    cautions: Mapping[str, str] = field(default_factory=dict)
+    encode_image: Callable[[Tensor, AV[tuple[int, ...]]], Conditions] | None = None
+    activation_bytes: Callable[[AV[tuple[int, ...]]], int] | None = None
 
 
 def known_systems() -> tuple[str, ...]:
@@ -68,20 +133,56 @@ def known_systems() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in WEIGHTS.glob("*/model.json")))
 
 
+Prepare = Callable[[nn.Module, torch.device], nn.Module]
+"""What is done to a backbone before it is used: moved to a device, quantised, compiled ..."""
+
+
 def load_system(
-    name_or_dir: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name_or_dir: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    weights: str | Path | None = None,
+    prepare: Prepare | None = None,
 ) -> System:
     """The model of that name (default "world-tiny") or in that folder.
 
+    weights: the folder with a published model's own files, for a name in models.zoo. prepare: see Prepare.
     Raises ConfigError for an unknown name or a loader outside this package, WeightsError for a folder that is missing
     or partial.
     """
+    if weights is not None:
+        return _published(str(name_or_dir), Path(weights).expanduser(), torch.device(device), dtype, prepare)
     folder = model_folder(name_or_dir)
     described = _described(folder)
     for path in weight_files(folder, described):
         _check_complete(path)
     system = _loader(folder, described)(folder, torch.device(device), dtype)
+    if prepare is not None:
+        assert isinstance(system.denoiser, nn.Module)
+        system = replace(system, denoiser=prepare(system.denoiser, torch.device(device)))
     return replace(system, info={**system.info, "folder": str(folder)})
+
+
+def _published(
+    name: str, folder: Path, device: torch.device, dtype: torch.dtype | None, prepare: Prepare | None
+) -> System:
+    """A published model from a folder with its own files, by the loader that the zoo names."""
+    known = _zoo()
+    if name not in known:
+        raise one_of("model", name, known)
+    if not folder.is_dir():
+        raise WeightsError(
+            f"weights: there is no folder {str(folder)!r}; `soundstage models fetch {name} FOLDER` fills one"
+        )
+    loader = _function(known[name].loader, f"the zoo's entry {name!r}")
+    system = loader(folder, device, dtype, name=name, prepare=prepare)
+    return replace(system, info={**system.info, "folder": str(folder)})
+
+
+def _zoo() -> Mapping[str, Any]:
+    """Published models by name; found by its name, since core imports no room above it."""
+    return importlib.import_module("soundstage.models.zoo").MODELS
 
 
 def model_folder(name_or_dir: str | Path | None = None) -> Path:
@@ -99,9 +200,12 @@ def model_folder(name_or_dir: str | Path | None = None) -> Path:
             f"model: the weights of {DEFAULT!r} are not in this install; install again, or train them with "
             "`soundstage train soundstage.recipes.world:tiny` and give the run's model folder"
         )
-    if not known_systems():
-        raise ConfigError(f"model: {asked!r} is not the name of a model or a folder; give the path of a model folder")
-    raise one_of("model", asked, known_systems())
+    if asked in _zoo():
+        raise ConfigError(
+            f"model: {asked!r} is a published model whose files do not come with the package; name their folder "
+            f"(--weights FOLDER), which `soundstage models fetch {asked} FOLDER` fills"
+        )
+    raise one_of("model", asked, [*known_systems(), *_zoo()])
 
 
 def weight_files(folder: Path, described: dict[str, Any] | None = None) -> tuple[Path, ...]:
@@ -154,16 +258,19 @@ def _check_complete(path: Path) -> None:
 
 
 def _loader(folder: Path, described: dict[str, Any]) -> Callable[..., System]:
-    name = described["loader"]
+    return _function(described["loader"], str(folder / "model.json"))
+
+
+def _function(name: str, where: str) -> Callable[..., System]:
     module, _, function = name.partition(":")
     if not module.startswith("soundstage.") or not function:
         raise ConfigError(
-            f'{folder / "model.json"}: loader {name!r} is not of the form "soundstage.MODULE:FUNCTION"; '
+            f'{where}: loader {name!r} is not of the form "soundstage.MODULE:FUNCTION"; '
             "only loaders of this package are run"
         )
     try:
         return getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ConfigError(
-            f"{folder / 'model.json'}: loader {name!r} is not in this version of soundstage ({error}); update it"
+            f"{where}: loader {name!r} is not in this version of soundstage ({error}); update it"
         ) from error

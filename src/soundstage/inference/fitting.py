@@ -22,6 +22,7 @@ from soundstage.media.geometry import Clock
 from soundstage.media.waves import resample, to_channels
 
 LONGEST = 4  # times the model's default length
+NEAR = 0.25  # seconds by which a duration may miss a fixed length
 FADE = 0.005  # seconds over which kept sound gives way to generated sound
 
 
@@ -30,6 +31,7 @@ class Canvas:
     """The clip to be made: its length on both latent grids and its picture size.
 
     num_frames and num_samples are 0 for a modality the model does not have. shape: latent shape per sample.
+    coded_frames: frames of those latents, of which num_frames are kept.
     """
 
     clock: Clock
@@ -38,6 +40,7 @@ class Canvas:
     size: tuple[int, int]
     channels: int
     shape: AV[tuple[int, ...]]
+    coded_frames: int
 
     @property
     def duration(self) -> Fraction:
@@ -55,38 +58,68 @@ class Canvas:
         return self.clock.sample_rate
 
 
-def canvas(system: System, duration: float | None = None) -> Canvas:
-    """The clip of that many seconds (nearest on the grids), or of the model's own length.
+def canvas(system: System, duration: float | None = None, size: tuple[int, int] | None = None) -> Canvas:
+    """The clip of that many seconds (nearest on the grids) and that (height, width), or of the model's own.
 
-    Raises RequestError beyond four times the model's length.
+    Raises RequestError beyond four times the model's length, for another length than a fixed one, and for a size that
+    the model does not make.
     """
-    geometry = system.codec.geometry
-    clock = _clock(geometry)
+    clock = _clock(system.codec.geometry)
+    fixed = system.other_lengths is not None
+    frames, samples = _fixed_length(system, clock, duration) if fixed else _length(system, clock, duration)
+    shape, pixels, coded = {}, (0, 0), 0
     if "video" in system.shape:
-        own = geometry["video"].length(system.shape["video"][1])
-        longest = float(LONGEST * own / clock.fps)
-    else:
-        own = geometry["audio"].length(system.shape["audio"][1])
-        longest = float(LONGEST * own / clock.sample_rate)
+        video = system.codec.geometry["video"]
+        channels, steps, height, width = system.shape["video"]
+        height, width = _cells(system, size) or (height, width)
+        shape["video"] = (channels, steps if fixed else video.steps(frames), height, width)
+        pixels = (height * video.spatial_stride, width * video.spatial_stride)
+        coded = video.length(shape["video"][1])
+    if "audio" in system.shape:
+        channels, steps = system.shape["audio"]
+        shape["audio"] = (channels, steps if fixed else system.codec.geometry["audio"].steps(samples))
+    kept = samples if "audio" in shape else 0
+    return Canvas(clock, frames, kept, pixels, int(system.info.get("audio_channels", 1)), AV(**shape), coded)
+
+
+def _length(system: System, clock: Clock, duration: float | None) -> tuple[int, int]:
+    """Frames (0 without video) and samples of a clip of about that many seconds."""
+    name = "video" if "video" in system.shape else "audio"
+    own = system.codec.geometry[name].length(system.shape[name][1])
+    longest = float(LONGEST * own / (clock.fps if name == "video" else clock.sample_rate))
     if duration is not None and not 0 < duration <= longest:
         raise RequestError(f"duration: {duration:g} s is not above 0 and at most {longest:.3g} s, as this model needs")
-    frames = samples = 0
-    if "video" in system.shape:
+    if name == "video":
         frames = own if duration is None else clock.nearest_frames(Fraction(duration) * clock.fps)
-        samples = clock.samples_for_frames(frames)
-    else:
-        samples = own if duration is None else clock.nearest_samples(Fraction(duration) * clock.sample_rate)
-    shape, size = {}, (0, 0)
-    if "video" in system.shape:
-        channels, _, height, width = system.shape["video"]
-        stride = geometry["video"].spatial_stride
-        shape["video"] = (channels, geometry["video"].steps(frames), height, width)
-        size = (height * stride, width * stride)
-    if "audio" in system.shape:
-        shape["audio"] = (system.shape["audio"][0], geometry["audio"].steps(samples))
-    return Canvas(
-        clock, frames, samples if "audio" in shape else 0, size, int(system.info.get("audio_channels", 1)), AV(**shape)
-    )
+        return frames, clock.samples_for_frames(frames)
+    return 0, own if duration is None else clock.nearest_samples(Fraction(duration) * clock.sample_rate)
+
+
+def _fixed_length(system: System, clock: Clock, duration: float | None) -> tuple[int, int]:
+    """Frames and samples of the model's one length, both cut to the shorter: whole frames, and the sound under them."""
+    lengths = system.shape.map(lambda shape, geometry: geometry.length(shape[1]), system.codec.geometry)
+    seconds = {n: Fraction(v) / (clock.fps if n == "video" else clock.sample_rate) for n, v in lengths.items()}
+    frames = int(min(seconds.values()) * clock.fps) if "video" in lengths else 0
+    own = clock.frame_time(frames) if frames else seconds["audio"]
+    if duration is not None and all(abs(duration - have) > NEAR for have in (own, *seconds.values())):
+        raise RequestError(
+            f"duration: {duration:g} s is not possible: {system.name} makes {float(own):.2f} s, the nearest to it; "
+            f"{system.other_lengths}"
+        )
+    return frames, clock.samples_for_frames(frames) if frames else lengths["audio"]
+
+
+def _cells(system: System, size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Latent (height, width) of a picture size."""
+    if size is None:
+        return None
+    stride = system.codec.geometry["video"].spatial_stride
+    own = (system.shape["video"][2] * stride, system.shape["video"][3] * stride)
+    if system.sizes is not None:
+        system.sizes.check(*size)
+    elif size != own:
+        raise RequestError(f"size: {system.name} makes {own[0]}x{own[1]} only; leave the size out")
+    return size[0] // stride, size[1] // stride
 
 
 def _clock(geometry: AV[StreamGeometry]) -> Clock:

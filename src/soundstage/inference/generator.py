@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from soundstage import __version__
 from soundstage.core.av import AV, collate
-from soundstage.core.denoiser import Denoiser
-from soundstage.core.errors import RequestError, one_of
+from soundstage.core.conditions import Conditions
+from soundstage.core.denoiser import Denoiser, Tileable
+from soundstage.core.errors import Caution, RequestError
 from soundstage.core.guidance import Guided
 from soundstage.core.known import Known
 from soundstage.core.rng import Rng
 from soundstage.core.sampling import SAMPLERS
 from soundstage.core.system import Sampling, System, load_system
+from soundstage.inference.accelerate import Switches, forget
 from soundstage.inference.fitting import Canvas, canvas
 from soundstage.inference.given import Given, Inputs, Ranges, Several, encode_given, finish, read_inputs
+from soundstage.inference.parallel import Group, context_parallel
+from soundstage.inference.request import Scale, Words, each_seed, pair, picture_size, sampling_of
 from soundstage.inference.tasks import Plan, Task, grids, plan, resolve
 from soundstage.media.clip import Clip
 
-Scale = float | tuple[float, float] | AV[float]
 OnStep = Callable[[int, int], None]
 
 STRENGTH = 0.7
-MOST_STEPS = 1000
+TEXTS = 256  # clips whose texts are encoded in one go, before the denoiser takes the memory
 BUDGET = 2**30  # bytes for one batch on a CPU; on a GPU half of what is free
 BYTES_PER_VALUE = 256  # activations per decoded value: 64 floats, the widest layer of a codec
 
@@ -64,26 +68,70 @@ def read_record(metadata: dict[str, str]) -> dict[str, object]:
 
 
 class Generator:
-    """Generates with one system. batch: most samples at once; default by the memory there is."""
+    """Generates with one system.
 
-    def __init__(self, system: System, device: str | torch.device = "cpu", batch: int | None = None) -> None:
+    batch: most samples at once; default by the memory there is. together: both predictions of guidance in one call, or
+    in two that need half of the memory; default by the memory there is.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        device: str | torch.device = "cpu",
+        batch: int | None = None,
+        together: bool | None = None,
+    ) -> None:
         self.system = system
         self.device = torch.device(device)
         self.batch = batch
+        self.together = together
+        self._prepared: list[nn.Module] = []
 
     @classmethod
-    def load(cls, model: str | Path | None = None, device: str | None = None) -> Generator:
-        """The model of that name or folder (default: the one in the package), on a GPU where there is one."""
+    def load(
+        cls,
+        model: str | Path | None = None,
+        device: str | torch.device | None = None,
+        *,
+        weights: str | Path | None = None,
+        switches: Switches | None = None,
+        group: Group = None,
+    ) -> Generator:
+        """The model of that name or folder (default: the one in the package), on a GPU where there is one.
+
+        weights: folder with the files of a published model. switches: how it is made lighter or faster. group: the
+        processes that share each clip, from inference.parallel; all of them make the same request.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_system(model, device), device)
+        switches = switches or Switches()
+        prepared: list[nn.Module] = []
+
+        def prepare(module: nn.Module, device: torch.device) -> nn.Module:
+            prepared.append(context_parallel(switches.apply(module, device), group))
+            return prepared[-1]
+
+        system = load_system(model, device, weights=weights, prepare=prepare)
+        together = None if switches.guidance == "auto" else switches.guidance == "together"
+        if isinstance(system.codec, Tileable):
+            system.codec.tile = switches.tiles
+        elif isinstance(switches.tiles, int):
+            raise RequestError(f"tiles: the codec of {system.name} works on whole pictures; leave the switch out")
+        generator = cls(system, device, together=together)
+        generator._prepared = prepared
+        return generator
 
     @overload
     def generate(self, prompt: str, **request: object) -> Generated: ...
     @overload
     def generate(self, prompt: Sequence[str], **request: object) -> list[Generated]: ...
 
+    def generate(self, prompt: str | Sequence[str], **request: Any) -> Generated | list[Generated]:
+        """One `Generated` for one prompt with num = 1, else a list; the request is that of `stream`."""
+        made = list(self.stream(prompt, **request))
+        return made[0] if isinstance(prompt, str) and len(made) == 1 else made
+
     @torch.no_grad()
-    def generate(
+    def stream(
         self,
         prompt: str | Sequence[str],
         *,
@@ -94,47 +142,58 @@ class Generator:
         steps: int | None = None,
         seed: int | Sequence[int] = 0,
         guidance: Scale | None = None,
+        negative: Words | None = None,
+        skip_layer: int | None = None,
         num: int = 1,
         duration: float | None = None,
+        size: str | tuple[int, int] | None = None,
         sampler: str | None = None,
         strength: Scale | None = None,
         ranges: Ranges = (),
         on_step: OnStep | None = None,
-    ) -> Generated | list[Generated]:
-        """Clips for a prompt or a list of prompts; one `Generated` for one prompt with num = 1, else a list.
+    ) -> Iterator[Generated]:
+        """Clips for a prompt or a list of prompts, each as soon as its batch is done.
 
         task: see inference.tasks; default by the inputs. image, audio, video: files or clips, one for all prompts or
         one per prompt. seed: of the first clip of each prompt, or one per prompt; clip k of a prompt has seed + k, and
-        the same seed gives the same clip alone or in a batch. guidance: scale, one or (video, audio); the negative
-        prompt is empty. duration: seconds. strength: for an edit, how much is made anew, in [0, 1], one or
-        (video, audio). ranges: for inpaint, (start, end) in seconds. on_step(done, total): progress over all batches.
+        the same seed gives the same clip alone or in a batch. guidance: scale, one or (video, audio). negative: what
+        it leads away from, one or (video, audio). skip_layer: the block left out of the negative prediction, -1 for
+        none. duration: seconds. size: (height, width), "704x1280" or an aspect, "16:9"; default by the image, or the
+        model's own. strength: for an edit, how much is made anew, in [0, 1], one or (video, audio). ranges: for
+        inpaint, (start, end) in seconds. on_step(done, total): progress over all batches.
         Raises RequestError for what cannot be made, MediaError for a file that cannot be read.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num < 1:
             raise RequestError(f"num: {num} is not at least 1")
         named = {name for name, media in (("image", image), ("audio", audio), ("video", video)) if media is not None}
-        preset = resolve(task, named, self.system.modalities)
-        sampling = _sampling(self.system.sampling, steps, sampler, guidance)
-        level = _pair("strength", strength, AV(STRENGTH, STRENGTH), 0, 1)
-        seeds = _seeds(seed, len(prompts))
-        to = canvas(self.system, duration)
+        preset = resolve(task, named, self.system.modalities, self.system.needs)
+        sampling = sampling_of(self.system.sampling, steps, sampler, guidance, negative, skip_layer)
+        _skipping(self.system, sampling.skip_layer)
+        level = pair("strength", strength, AV(STRENGTH, STRENGTH), 0, 1)
+        seeds = each_seed(seed, len(prompts))
+        to = canvas(self.system, duration, picture_size(self.system, size, image))
         inputs = read_inputs(preset, to, len(prompts), image, audio, video)
+        if preset.name in self.system.cautions:
+            warnings.warn(f"task {preset.name}: {self.system.cautions[preset.name]}", Caution, stacklevel=2)
         given = _encoded(self.system, preset, to, inputs, ranges, self.device)
         jobs = [_Job(p, seeds[i] + k, given[i]) for i, p in enumerate(prompts) for k in range(num)]
-        size = self.batch or batch_size(to, self.device)
-        parts = [jobs[i : i + size] for i in range(0, len(jobs), size)]
-        made: list[Generated] = []
+        batch = self.batch or batch_size(to, self.device)
+        parts = [jobs[i : i + batch] for i in range(0, len(jobs), batch)]
+        together = max(1, TEXTS // batch)
         for index, part in enumerate(parts):
+            if index % together == 0:
+                coming = [job.prompt for each in parts[index : index + together] for job in each]
+                texts = self._texts(coming, sampling)
             done = _progress(on_step, sampling.steps, index, len(parts))
-            made += self._batch(preset, to, part, sampling, level, done)
-        return made[0] if isinstance(prompt, str) and num == 1 else made
+            yield from self._batch(preset, to, part, texts, sampling, level, done)
 
     def _batch(
         self,
         task: Task,
         to: Canvas,
         jobs: Sequence[_Job],
+        texts: _Texts,
         sampling: Sampling,
         strength: AV[float],
         on_step: Callable[..., None] | None,
@@ -144,11 +203,13 @@ class Generator:
         rng = Rng(tuple(Rng.of(job.seed, 1).seeds[0] for job in jobs))
         noise = rng.fold("start").normal_like(to.shape.only(*present).map(lambda s: self._empty(len(jobs), *s)))
         steps = plan(noise, grids(task, sampling, latents, strength, present), latents, mask)
-        denoiser, known = self._denoiser(steps, sampling.guidance, len(jobs))
-        cond = self.system.encode_text([job.prompt for job in jobs]).only(*present).to(self.device)
+        denoiser, known = self._denoiser(steps, sampling, texts, len(jobs))
+        cond = _told(texts.of([job.prompt for job in jobs]).only(*present), [job.given for job in jobs])
         sample = SAMPLERS[sampling.sampler]
         x0 = sample(denoiser, steps.x, steps.times, cond, rng=rng.fold("sampler"), on_step=on_step)
         x0 = x0 if known is None else known.keep(x0)
+        for module in self._prepared:
+            forget(module)  # the codec needs the memory
         media = self.system.codec.decode(x0)
         return [
             Generated(
@@ -165,13 +226,83 @@ class Generator:
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, device=self.device)
 
-    def _denoiser(self, steps: Plan, guidance: AV[float], size: int) -> tuple[Denoiser, Known | None]:
+    def _texts(self, prompts: Sequence[str], sampling: Sampling) -> _Texts:
+        """Every distinct prompt of the request and the negatives, encoded in one go."""
+        guided = any(scale != 1 for scale in sampling.guidance.values())
+        form = self.system.form or str
+        words = {prompt: form(prompt) for prompt in dict.fromkeys(prompts)}
+        words |= {negative: negative for negative in sampling.negative.values() if guided and negative not in words}
+        cond = self.system.encode_text(list(words.values())).to(self.device)
+        return _Texts(list(words), cond, sampling.negative if guided else None)
+
+    def _denoiser(self, steps: Plan, sampling: Sampling, texts: _Texts, size: int) -> tuple[Denoiser, Known | None]:
         denoiser = self.system.denoiser
-        scale = guidance.only(*steps.x.modalities)
+        scale = sampling.guidance.only(*steps.x.modalities)
         if any(value != 1 for value in scale.values()):
-            denoiser = Guided(denoiser, self.system.encode_text([""] * size).to(self.device), scale)
+            denoiser = Guided(
+                denoiser,
+                texts.negatives(size).only(*steps.x.modalities),
+                scale,
+                weak=_skipping(self.system, sampling.skip_layer),
+                together=self._together(steps.x, size),
+            )
         known = None if steps.latents is None else Known(denoiser, steps.latents, steps.mask)
         return known or denoiser, known
+
+    def _together(self, x: AV[Tensor], size: int) -> bool:
+        """Whether both predictions of guidance fit into memory at once."""
+        if self.together is not None or self.system.activation_bytes is None:
+            return self.together is not False
+        need = 2 * size * self.system.activation_bytes(x.map(lambda z: tuple(z.shape[1:])))
+        if self.device.type != "cuda":
+            return need <= BUDGET
+        return need <= torch.cuda.mem_get_info(self.device)[0] // 2
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """Encoded prompts by their words, and the negative per modality."""
+
+    words: Sequence[str]
+    cond: Conditions
+    negative: AV[str] | None
+
+    def of(self, prompts: Sequence[str]) -> Conditions:
+        """One row per prompt."""
+        rows = [self.words.index(prompt) for prompt in prompts]
+        return self.cond.map(lambda x: x[rows])
+
+    def negatives(self, size: int) -> Conditions:
+        """`size` rows, each modality with its own negative."""
+        assert self.negative is not None
+        parts = [self.of([words] * size).only(name) for name, words in self.negative.items()]
+        return Conditions(
+            text=_joined(part.text for part in parts), text_mask=_joined(part.text_mask for part in parts)
+        )
+
+
+def _joined(parts: Iterable[AV[Tensor] | None]) -> AV[Tensor] | None:
+    """One value from parts of one modality each."""
+    found = dict(item for part in parts if part is not None for item in part.items())
+    return AV(**found) if found else None
+
+
+def _told(cond: Conditions, given: Sequence[Given]) -> Conditions:
+    """Conditions with what the model is told of each first frame."""
+    parts = [each.cond for each in given if each.cond is not None]
+    if not parts:
+        return cond
+    image = Conditions.cat(parts)
+    return replace(cond, reference=image.reference, control=image.control, mask=image.mask)
+
+
+def _skipping(system: System, block: int | None) -> Denoiser | None:
+    """The denoiser of the negative prediction; raises RequestError where the system has no such block to leave out."""
+    if block is None:
+        return None
+    if system.skipping is None:
+        raise RequestError(f"skip_layer: {system.name} cannot leave out a block; leave the option out")
+    return system.skipping((block,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,44 +328,6 @@ def _encoded(
         if id(each) not in done:
             done[id(each)] = encode_given(system, task, to, each, ranges, device)
     return [done[id(each)] for each in inputs]
-
-
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    if isinstance(seed, int):
-        return [seed] * count
-    if len(seed) != count:
-        raise RequestError(f"seed: {len(seed)} seeds for {count} prompts; give one for all or one per prompt")
-    return list(seed)
-
-
-def _sampling(base: Sampling, steps: int | None, sampler: str | None, guidance: Scale | None) -> Sampling:
-    """The model's way of sampling with what was asked in its place; its explicit times hold for its own steps only."""
-    if steps is not None and not 1 <= steps <= MOST_STEPS:
-        raise RequestError(f"steps: {steps} is not from 1 to {MOST_STEPS}; this model's default is {base.steps}")
-    if sampler is not None and sampler not in SAMPLERS:
-        raise RequestError(str(one_of("sampler", sampler, SAMPLERS)))
-    times = base.times if steps is None else None
-    return replace(
-        base,
-        sampler=sampler or base.sampler,
-        steps=len(times) - 1 if times else steps or base.steps,
-        guidance=_pair("guidance", guidance, base.guidance, 0, 100),
-        times=times,
-    )
-
-
-def _pair(name: str, value: Scale | None, default: AV[float], low: float, high: float) -> AV[float]:
-    if value is None:
-        return default
-    if isinstance(value, tuple):
-        if len(value) != 2:
-            raise RequestError(f"{name}: {value} is not one number or a pair (video, audio)")
-        value = AV(*value)
-    pair = value if isinstance(value, AV) else AV(value, value)
-    for modality, each in pair.items():
-        if not low <= each <= high:
-            raise RequestError(f"{name}: {each:g} for {modality} is not from {low} to {high}")
-    return pair
 
 
 def _stacked(given: Sequence[Given]) -> tuple[AV[Tensor], AV[Tensor]]:
@@ -265,6 +358,12 @@ def _record(
         "duration": round(float(to.duration), 6),
         "soundstage": __version__,
     }
+    if to.size != (0, 0):
+        record["size"] = f"{to.size[0]}x{to.size[1]}"
+    if any(sampling.negative.values()):
+        record["negative"] = sampling.negative.as_dict()
+    if sampling.skip_layer is not None:
+        record["skip_layer"] = sampling.skip_layer
     if task.keeps == "noised":
         record["strength"] = strength.as_dict()
     if job.given.ranges:

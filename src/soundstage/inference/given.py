@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from soundstage.core.av import AV
+from soundstage.core.conditions import Conditions
 from soundstage.core.errors import RequestError
 from soundstage.core.system import System
 from soundstage.inference.fitting import (
@@ -94,7 +95,8 @@ def _read(name: str, path: str | Path, task: Task, to: Canvas) -> Clip:
 class Given:
     """Encoded inputs of one sample, without the batch. latents: clean; mask: (F,) or (A,), 1 = generate, 0 = keep.
 
-    A modality in latents and not in mask is given whole (held, or the start of an edit).
+    A modality in latents and not in mask is given whole (held, or the start of an edit). cond: what the model is told
+    of a first frame, with a batch of one, where it takes it as a condition.
     """
 
     latents: AV[Tensor]
@@ -102,6 +104,7 @@ class Given:
     inputs: Inputs
     context: int = 0
     ranges: Ranges = ()
+    cond: Conditions | None = None
 
 
 def encode_given(
@@ -113,18 +116,21 @@ def encode_given(
     if "audio" in task.holds:
         media["audio"] = fit_wave(_having(inputs.audio, "audio", "audio", task), to, to.num_samples)
     if "video" in task.holds:
-        media["video"] = fit_frames(_having(inputs.video, "video", "video", task), to, to.num_frames)
+        media["video"] = fit_frames(_having(inputs.video, "video", "video", task), to, to.coded_frames)
     if task.keeps is not None:
         clip = inputs.video
         context = _context(clip, to) if task.keeps == "prefix" else 0
         media = _window(clip, to, task, context)
-    elif inputs.image is not None and "video" in task.generates:
-        media["video"] = fit_frames(_having(inputs.image, "video", "image", task), to, 1)
     tensors = AV(
         video=frames_tensor(media["video"]).to(device) if "video" in media else None,
         audio=wave_tensor(media["audio"]).to(device) if "audio" in media else None,
     )
-    latents = system.codec.encode(tensors).map(lambda x: x[0].float()) if media else AV()
+    if task.keeps is None and inputs.image is not None and "video" in task.generates:
+        frame = first_frame(system, _having(inputs.image, "video", "image", task), to).to(device)
+        if system.encode_image is not None:
+            return Given(AV(), AV(), inputs, cond=system.encode_image(frame, to.shape))
+        tensors = tensors.replace(video=frame)
+    latents = system.codec.encode(tensors).map(lambda x: x[0].float()) if tensors.modalities else AV()
     latents = AV(**{name: _padded(value, to.shape[name]) for name, value in latents.items()})
     mask = _mask(task, to, latents, context, ranges, image=inputs.image is not None)
     return Given(latents, mask.map(lambda m: m.to(device)), inputs, context, ranges)
@@ -143,6 +149,22 @@ def finish(task: Task, to: Canvas, given: Given, media: AV[Tensor], index: int) 
     if task.keeps in ("prefix", "outside"):
         return _joined(task, to, given, clip)
     return clip
+
+
+def first_frame(system: System, image: Clip, to: Canvas) -> Tensor:
+    """(1, 3, 1, H, W) in [-1, 1]: the image cut to the canvas's aspect around its middle, and resized as the model's
+    own rule for sizes has it."""
+    if system.sizes is None:
+        return frames_tensor(fit_frames(image, to, 1))
+    assert image.frames is not None
+    frame = image.frames[0]
+    height, width = frame.shape[:2]
+    if system.sizes.of_image(height, width) != to.size:
+        keep_h = min(height, round(width * to.size[0] / to.size[1]))
+        keep_w = min(width, round(height * to.size[1] / to.size[0]))
+        top, left = (height - keep_h) // 2, (width - keep_w) // 2
+        frame = frame[top : top + keep_h, left : left + keep_w]
+    return system.sizes.image(frame, to.size)
 
 
 def _having(clip: Clip | None, modality: str, name: str, task: Task) -> Clip:
@@ -167,7 +189,7 @@ def _window(clip: Clip | None, to: Canvas, task: Task, context: int) -> dict[str
         raise RequestError("task extension: the given clip is too short to go on from; give at least one frame")
     media: dict[str, np.ndarray] = {}
     if "video" in to.shape:
-        frames = fit_frames(clip, to, None if context else to.num_frames)
+        frames = fit_frames(clip, to, None if context else to.coded_frames)
         media["video"] = frames[len(frames) - context :] if context else frames
     if "audio" in to.shape and clip.wave is not None:
         wave = fit_wave(clip, to, None if context else to.num_samples)

@@ -60,12 +60,18 @@ TASKS = {
 _INFERRED = {(): "t2av", ("image",): "i2av", ("audio",): "a2v", ("audio", "image"): "a2v", ("video",): "v2a"}
 
 
-def resolve(name: str | None, inputs: Iterable[str], modalities: Sequence[str] = BOTH) -> Task:
+def resolve(
+    name: str | None, inputs: Iterable[str], modalities: Sequence[str] = BOTH, needs: Sequence[str] = ()
+) -> Task:
     """The task of that name, or the one that the inputs ask for, cut to what the model can generate.
 
-    inputs: names of what was given, of "image", "audio", "video". Raises RequestError for an impossible request.
+    inputs: names of what was given, of "image", "audio", "video". needs: those that the model cannot do without.
+    Raises RequestError for an impossible request.
     """
     given = tuple(sorted(inputs))
+    for need in needs:
+        if need not in given:
+            raise RequestError(f"this model needs {_article(need)}: give {need} (--{need} PATH)")
     if name is None:
         if given not in _INFERRED:
             raise RequestError(
@@ -130,7 +136,8 @@ def grids(
     if sampling.times is not None:
         times = schedule.explicit(start.map(lambda level: [level * t for t in sampling.times]))
     else:
-        moving = start.map(lambda level: level or 1.0)
+        first = sampling.shift.only(*present).map(lambda by: schedule.shift(sampling.start, by))
+        moving = start.map(lambda level, top: min(level, top) or top, first)
         times = schedule.shifted(sampling.steps, sampling.shift.only(*present), moving)
     for name, level in start.items():
         if level == 0:
