@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class Past:
     """
 
     def __init__(self, path: nn.Module) -> None:
-        self.kept: list[Tensor | str | None] = [None] * sum(isinstance(m, nn.Conv3d) for m in path.modules())
+        self.kept: list[Any] = [None] * sum(isinstance(m, nn.Conv3d) for m in path.modules())
         self.index = [0]
         self.first = True
 
@@ -108,7 +109,7 @@ class Past:
         past = self.kept[i]
         y = layer(x, past)
         if x.shape[2] < KEPT and past is not None:
-            x = torch.cat([past[:, :, -1:], x], dim=2)  # type: ignore[index]
+            x = torch.cat([past[:, :, -1:], x], dim=2)
         self.kept[i] = x[:, :, -KEPT:].clone()
         return y
 

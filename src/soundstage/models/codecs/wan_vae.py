@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,10 +146,10 @@ class WanVAE(nn.Module):
         super().__init__()
         self.config, self.tile, self.stream = config, tile, stream
         layers = _diffusers(config)
-        self.encoder: nn.Module = layers.encoder  # type: ignore[assignment]
-        self.quant_conv: nn.Module = layers.quant_conv  # type: ignore[assignment]
-        self.post_quant_conv: nn.Module = layers.post_quant_conv  # type: ignore[assignment]
-        self.decoder: nn.Module = layers.decoder  # type: ignore[assignment]
+        self.encoder: Any = layers.encoder
+        self.quant_conv: Any = layers.quant_conv
+        self.post_quant_conv: Any = layers.post_quant_conv
+        self.decoder: Any = layers.decoder
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames to the mean of the latents, normalised. Raises ShapeError for a length or a size that does not fit."""
@@ -177,13 +178,13 @@ class WanVAE(nn.Module):
         """
         self._check_latents(latents)
         tiles, stride = self._tiles(*latents.shape[3:]), self.config.geometry.stride
-        if len(tiles) > 1:
+        if len(tiles) == 1:
+            walk = self._painter(tiles[0], latents)
+            for chunk in self._felt(latents, 1):
+                yield _finish(walk.over(chunk), self.config.patch, clamp).cpu()
+        else:
             frames = self._paint(latents, clamp, 1, torch.device("cpu"))
             yield from (frames[:, :, start:stop] for start, stop in _cuts(frames.shape[2], stride))
-            return
-        walk = self._painter(tiles[0], latents)
-        for chunk in self._felt(latents, 1):
-            yield _finish(walk.over(chunk), self.config.patch, clamp).cpu()
 
     # Encoding
 
@@ -219,9 +220,7 @@ class WanVAE(nn.Module):
 
     def _to_latents(self, features: Tensor, past: Past) -> Tensor:
         past.begin()
-        encoder = self.encoder
-        x = encoder.mid_block(features, feat_cache=past.kept, feat_idx=past.index)
-        x = past.convolve(encoder.conv_out, F.silu(encoder.norm_out(x)))
+        x = _leave(self.encoder)(_layer(self.encoder.mid_block)(features, past), past)
         return self.quant_conv(x)[:, : self.config.channels].float()
 
     # Decoding
@@ -234,8 +233,8 @@ class WanVAE(nn.Module):
         for start, stop in _cuts(latents.shape[2], chunk):
             past.begin()
             z = latents[:, :, start:stop].to(weight.device, torch.float32) * std + mean
-            x = past.convolve(decoder.conv_in, self.post_quant_conv(z.to(weight.dtype)))
-            yield decoder.mid_block(x, feat_cache=past.kept, feat_idx=past.index)
+            x = _enter(decoder)(self.post_quant_conv(z.to(weight.dtype)), past)
+            yield _layer(decoder.mid_block)(x, past)
 
     def _paint(self, latents: Tensor, clamp: bool, chunk: int, device: torch.device) -> Tensor:
         """All frames, gathered on that device; chunk: latent frames at a time."""
@@ -301,20 +300,20 @@ class WanVAE(nn.Module):
             )
 
 
-def _enter(encoder: nn.Module) -> Run:
-    return lambda x, past: past.convolve(encoder.conv_in, x)
+def _enter(path: Any) -> Run:  # noqa: ANN401
+    return lambda x, past: past.convolve(path.conv_in, x)
 
 
-def _layer(block: nn.Module) -> Run:
+def _layer(block: Any) -> Run:  # noqa: ANN401
     return lambda x, past: block(x, feat_cache=past.kept, feat_idx=past.index)
 
 
-def _upwards(block: nn.Module) -> Run:
+def _upwards(block: Any) -> Run:  # noqa: ANN401
     return lambda x, past: block(x, feat_cache=past.kept, feat_idx=past.index, first_chunk=past.first)
 
 
-def _leave(decoder: nn.Module) -> Run:
-    return lambda x, past: past.convolve(decoder.conv_out, F.silu(decoder.norm_out(x)))
+def _leave(path: Any) -> Run:  # noqa: ANN401
+    return lambda x, past: past.convolve(path.conv_out, F.silu(path.norm_out(x)))
 
 
 def _cuts(length: int, chunk: int) -> list[Span]:
@@ -334,7 +333,7 @@ def _finish(x: Tensor, patch: int, clamp: bool) -> Tensor:
     return x.clamp(-1, 1) if clamp else x
 
 
-def _diffusers(config: WanVAEConfig) -> nn.Module:
+def _diffusers(config: WanVAEConfig) -> Any:  # noqa: ANN401
     """The layers, held together by the class that they belong to."""
     pixels = 3 * config.patch**2
     return optional("diffusers", "models", "AutoencoderKLWan").AutoencoderKLWan(

@@ -4,7 +4,7 @@ Counted are the tensors that PyTorch holds at the worst moment of a call besides
 convolutions keep between chunks, and the widest moment of one layer. In a residual block that is a convolution: its
 input, that after the activation, that joined with two frames of the past, that padded, and the two frames to keep, so
 4 T + 6 frames of one picture for a chunk of T, besides what callers of the block hold of its input. What a library
-takes inside a kernel (cuDNN's workspace) is not known here; leave it room.
+takes inside a kernel (cuDNN's workspace, attention that keeps every pair of cells) is not known here; leave it room.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _bytes(
     whole = rows * columns * tiled.middle
     inner_kept = whole * 5 * KEPT  # a convolution and two residual blocks
     inner = whole * max(6 * chunk + 3 * KEPT, 9 * chunk)
-    if tile is None:
+    if tile is None or tile >= max(rows, columns):
         most = kept + inner_kept + max(live, inner)
     else:
         most = whole * steps + max(kept + live, inner_kept + inner)
