@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from soundstage.core.av import AV
 from soundstage.core.conditions import Conditions
-from soundstage.inference.quantize import torchao
+from soundstage.core.extras import optional
 from soundstage.models.codecs.bigvgan import BigVGANConfig
 from soundstage.models.codecs.mmaudio import MMAUDIO_16K, MMAudioConfig
 from soundstage.models.codecs.wan_vae import WAN22_VAE, WanVAEConfig
@@ -161,11 +161,9 @@ def shared(module: nn.Module) -> Any:  # noqa: ANN401
 
 def counterpart(ours: nn.Module, config: WanConfig, dtype: torch.dtype) -> nn.Module:
     """diffusers' module with the weights of ours; what it keeps in float32 when it loads a file is so here."""
-    torchao()  # diffusers imports it too, and not without a word
-    from diffusers import WanTransformer3DModel
-
+    transformer = optional("diffusers", "models", "WanTransformer3DModel").WanTransformer3DModel
     with torch.device(next(ours.parameters()).device):
-        module = WanTransformer3DModel(
+        module = transformer(
             patch_size=config.patch,
             num_attention_heads=config.num_heads,
             attention_head_dim=config.width // config.num_heads,

@@ -134,12 +134,11 @@ def test_without_torchao_the_command_to_install_it_is_told(monkeypatch: pytest.M
 @pytest.mark.slow
 def test_nothing_is_said_on_the_way() -> None:
     script = (
-        "import torch, logging\n"
+        "import torch\n"
         "from soundstage.inference.quantize import quantize\n"
         "module = torch.nn.Module()\n"
         "module.blocks = torch.nn.ModuleList([torch.nn.Linear(32, 32)])\n"
         "quantize(module, 'fp8')\n"
-        "assert logging.getLogger('torchao').level == logging.getLogger('torch.utils._pytree').level == 0\n"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -6,17 +6,14 @@ model; int8 is the more exact, as weights have no heavy tails. Norms, tables, em
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from soundstage.core.errors import ConfigError, MissingExtra, one_of
+from soundstage.core.errors import ConfigError, one_of
+from soundstage.core.extras import optional
 
 FORMS = ("int8", "fp8")
 
@@ -42,7 +39,7 @@ def quantize(module: nn.Module, form: str) -> Quantized:
     layers = linear_layers(module)
     if any(is_traceable_wrapper_subclass(layer.weight) for layer in layers):
         raise ConfigError(f"weights: {form} was asked for and they are quantised already; load them again first")
-    ao = torchao()
+    ao = optional("torchao.quantization", "models")
     # Without set_inductor_config the choice of weights would change how every later torch.compile tunes.
     config = {"int8": ao.Int8WeightOnlyConfig, "fp8": ao.Float8WeightOnlyConfig}[form](set_inductor_config=False)
     before = after = 0
@@ -93,32 +90,3 @@ def rebuilt(tensor: Tensor, new: Iterator[Tensor]) -> Tensor:
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor's values take, scales included."""
     return sum(part.numel() * part.element_size() for part in parts(tensor))
-
-
-def torchao() -> ModuleType:
-    """torchao.quantization, imported without a word; `torch.load` needs it to read quantised weights.
-
-    Raises MissingExtra without the package.
-    """
-    with _quiet("torchao", "torch.utils._pytree"):
-        try:
-            import torchao.quantization as ao
-        except ImportError:
-            raise MissingExtra("torchao", "models") from None
-    return ao
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """No warnings, and none of these loggers: on import torchao tells of kernels for cards that are not there."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
