@@ -1,4 +1,4 @@
-# make demo, make test, make check: each makes .venv when it is missing or out of date. Needs Python 3.11+ and make.
+# make demo, make test, make check, make trials: each makes .venv when it is missing or out of date. Needs Python 3.11+ and make.
 #   PYTHON=<command>        another interpreter than the first of these that is Python 3.11 or newer
 #   TORCH_INDEX=<address>   an extra package index to take torch from, such as PyTorch's own index of CPU builds
 NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit(1)
@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: install demo test check picture
+.PHONY: install demo test check trials picture
 install: $(STAMP)
 
 # torch goes first and alone, so that the build chosen here is the one every later package is resolved against.
@@ -29,6 +29,10 @@ picture: demo
 
 test: $(STAMP)
 	$(OFFLINE) $(BIN)/python -m pytest
+
+# Students and deliberate defects of every distillation method, about half an hour on one core.
+trials: $(STAMP)
+	$(OFFLINE) $(BIN)/python -m pytest -m trial
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from soundstage.core.attention import kernels
 from soundstage.core.av import AV
 from soundstage.core.guidance import Guided
+from soundstage.core.parallel import context_parallel
 from soundstage.core.rng import Rng
 from soundstage.core.sampling import SAMPLERS
 from soundstage.core.schedule import shift, shifted
 from soundstage.inference.accelerate import Switches
-from soundstage.inference.parallel import context_parallel
 from soundstage.inference.quantize import stored_bytes
 from soundstage.models.codecs.wan_vae_memory import decode_bytes
 from soundstage.models.twin import flops

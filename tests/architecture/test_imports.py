@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"core", "data", "objectives"},
     "evaluation": {"core", "media", "inference", "world"},
     "serving": {"media", "inference"},
-    "testing": {"core", "media", "data", "training"},
+    "testing": {"core", "media", "data", "objectives", "training"},
 }
 EVERYTHING = {"recipes", "cli"}
 REQUIRED = {"torch", "numpy", "safetensors", "typer", "rich", "soundstage"}

@@ -32,7 +32,7 @@ Run = Callable[..., tuple[int, str, str]]
 def test_the_commands_are_those_of_the_plan() -> None:
     names = {" ".join(path) for path in COMMANDS}
     models = {f"models {name}" for name in ("list", "describe", "fetch", "check")}
-    wanted = {"generate", "evaluate", "train", "world render", "world show", "probe", *models}
+    wanted = {"generate", "evaluate", "train", "sweep", "world render", "world show", "probe", *models}
     assert names == wanted
 
 

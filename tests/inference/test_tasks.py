@@ -64,10 +64,21 @@ def test_grids_of_held_edited_and_generated_modalities() -> None:
 
 
 def test_the_listed_times_of_a_student() -> None:
-    how = Sampling("renoise", 2, times=(1.0, 0.4, 0.0))
+    how = Sampling("renoise", 2, times=AV(video=(1.0, 0.8, 0.0), audio=(1.0, 0.4, 0.0)))
     assert grids(TASKS["t2a"], how, AV(), HALF, ("audio",))["audio"].tolist() == [1, 0.4, 0]
-    latents = AV(audio=torch.zeros(1, 1, 1))
-    assert grids(TASKS["edit"], how, latents, HALF, ("audio",))["audio"].tolist() == [0.5, 0.2, 0]
+    made = grids(TASKS["t2av"], how, AV(), HALF, BOTH)
+    assert made.map(lambda grid: grid.tolist()).as_dict() == how.times.map(list).as_dict()
+    alone = Sampling("renoise", 2, times=AV(video=(1.0, 0.8, 0.0)))
+    held = grids(TASKS["a2v"], alone, AV(audio=torch.zeros(1, 1, 1)), HALF, BOTH)
+    assert held.map(lambda grid: grid.tolist()).as_dict() == {"video": [1, 0.8, 0], "audio": [0, 0, 0]}
+
+
+def test_an_edit_asks_a_student_only_at_times_it_knows() -> None:
+    how = Sampling("renoise", 3, times=AV(video=(1.0, 0.8, 0.6, 0.0), audio=(1.0, 0.8, 0.6, 0.0)))
+    latents = AV(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1))
+    edited = grids(TASKS["edit"], how, latents, AV(0.75, 0.2), BOTH)
+    assert edited["video"].tolist() == [0.8, 0.8, 0.6, 0]
+    assert edited["audio"].tolist() == [0.6, 0.6, 0.6, 0]
 
 
 def test_an_edit_starts_part_of_the_way() -> None:

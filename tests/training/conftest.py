@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from soundstage.core.parallel import leave
 from soundstage.objectives.flow_matching import FlowMatching
 from soundstage.testing.tiny import GaussianLatents, ToyConfig
 from soundstage.training.config import Optim, TrainConfig
 
 Make = Callable[..., TrainConfig]
+Together = Callable[[int, Callable[[int], Any]], list[Any]]
 
 
 @pytest.fixture
@@ -33,3 +37,34 @@ def make(tmp_path: Path) -> Make:
         return TrainConfig(**{**settings, **changes})
 
     return config
+
+
+@pytest.fixture
+def together(tmp_path_factory: pytest.TempPathFactory) -> Together:
+    """What work(rank) gives on each of so many processes; None of one that is killed. An error is given, not raised."""
+
+    def run(count: int, work: Callable[[int], Any]) -> list[Any]:
+        folder = tmp_path_factory.mktemp("processes")
+        context = torch.multiprocessing.get_context("fork")
+        started = [context.Process(target=_process, args=(rank, count, work, folder)) for rank in range(count)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(300)
+            assert process.exitcode is not None, "a process hangs"
+        files = [folder / f"{rank}.pt" for rank in range(count)]
+        return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+    return run
+
+
+def _process(rank: int, count: int, work: Callable[[int], Any], folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    try:
+        found = work(rank)
+    except Exception as error:
+        found = error
+    torch.save(found, folder / f"{rank}.pt")
+    leave()

@@ -14,6 +14,8 @@ from soundstage.core.denoiser import Losses
 from soundstage.core.errors import ConfigError
 from soundstage.core.rng import Rng
 from soundstage.objectives.base import Batch, Nets
+from soundstage.objectives.consistency import Consistency
+from soundstage.objectives.flow_map import Grid
 from soundstage.objectives.flow_matching import FlowMatching
 from soundstage.testing.tiny import GaussianLatents, ToyConfig
 from soundstage.training import metrics
@@ -250,3 +252,16 @@ def test_video_only_and_audio_only_data(make: Make, tmp_path: Path) -> None:
         run(make(data=GaussianLatents(shape=data), ema=None, steps=1), tmp_path / name)
         entry = trace(tmp_path / name)[0]
         assert [key for key in entry if key in ("flow/video", "flow/audio")] == [f"flow/{name}"]
+
+
+def test_an_objective_sees_the_average(make: Make) -> None:
+    """Consistency to the average: the run differs from one to the student itself, and the average takes no gradient."""
+    config = make(objective=Consistency(Grid(4), teacher=False, target="ema"), ema=0.9)
+    state = run(config)
+    assert not any(parameter.requires_grad for parameter in state.players["ema"].parameters())
+    other = run(
+        replace(config, objective=replace(config.objective, target="student"), out=str(config.folder) + "-other")
+    )
+    assert any(not torch.equal(one, tensors(other)[name]) for name, one in tensors(state).items())
+    with pytest.raises(ConfigError, match="needs 'ema'"):
+        run(replace(config, ema=None, out=str(config.folder) + "-none"))

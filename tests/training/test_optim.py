@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from soundstage.core.errors import WeightsError
+from soundstage.core.errors import ConfigError, WeightsError
 from soundstage.testing.tiny import ToyConfig
 from soundstage.training.config import Optim, Role, TrainConfig
 from soundstage.training.ema import Ema
@@ -37,10 +37,30 @@ def test_wsd_falls_only_in_its_tail() -> None:
 def test_muon_takes_hidden_matrices_only() -> None:
     module = ToyConfig(width=16, depth=3).build()
     found = groups(module, Optim(kind="muon"))
-    assert [p.shape for p in found["muon"]] == [(16, 16)] * 3
-    assert len(found["decay"]) == 4
-    assert all(p.ndim == 1 for p in found["plain"])
-    assert groups(module, Optim())["muon"] == []
+    assert list(found) == [("muon", 1.0), ("decay", 1.0), ("plain", 1.0)]
+    assert [p.shape for p in found["muon", 1.0]] == [(16, 16)] * 3
+    assert len(found["decay", 1.0]) == 4
+    assert all(p.ndim == 1 for p in found["plain", 1.0])
+    assert list(groups(module, Optim())) == [("decay", 1.0), ("plain", 1.0)]
+
+
+def test_a_rate_of_its_own_for_what_a_pattern_finds() -> None:
+    module = ToyConfig(width=4, depth=1).build()
+    optimizer = Optimizer(module, Optim(weight_decay=0.0, scale={r"outputs\.audio": 0.5, "audio": 0.0}))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(0.1)
+    moved = {name: (before[name] - p.detach()).abs().mean().item() for name, p in module.named_parameters()}
+    assert moved.pop("inputs.audio.weight") == moved.pop("inputs.audio.bias") == 0
+    assert [moved.pop(f"outputs.audio.{name}") for name in ("weight", "bias")] == pytest.approx([0.05] * 2, rel=1e-5)
+    assert list(moved.values()) == pytest.approx([0.1] * 6, rel=1e-5)
+
+
+@pytest.mark.parametrize(("pattern", "factor"), [("audoi", 0.5), ("audio(", 0.5), ("audio", -1.0)])
+def test_a_pattern_that_says_nothing_is_refused(pattern: str, factor: float) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.scale"):
+        Optimizer(ToyConfig().build(), Optim(scale={pattern: factor}))
 
 
 def test_muon_moves_a_matrix_by_an_orthogonal_step() -> None:

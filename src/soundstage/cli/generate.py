@@ -194,9 +194,9 @@ def _made(
 ) -> Iterator[Generated]:
     """Each clip as soon as it is done; under torchrun the processes share the work and the first has the clips."""
     from soundstage.cli.progress import progress
+    from soundstage.core.parallel import init_from_env, leave
     from soundstage.inference.accelerate import Switches
     from soundstage.inference.generator import Generator
-    from soundstage.inference.parallel import init_from_env, leave
 
     switches = Switches.parse(accelerate or "")
     group, rank, here = init_from_env(device)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from soundstage.training.chain import Chain
     from soundstage.training.config import TrainConfig
 
 
@@ -33,21 +35,28 @@ def command(
       soundstage train soundstage.recipes.world:tiny steps=6000 optim.lr=1e-4 --out runs/slow
       soundstage train soundstage.recipes.world:tiny data=folder:clips steps=500
       soundstage train soundstage.recipes.world:tiny --dry-run
+      torchrun --nproc-per-node 8 -m soundstage train soundstage.recipes.world:tiny
     """
-    from soundstage.training.config import load_recipe
-    from soundstage.training.overrides import override
+    from soundstage.training.chain import Chain, load
 
-    config = override(load_recipe(recipe), [*(overrides or []), *([f"out={out}"] if out else [])])
+    config = load(recipe, [*(overrides or []), *([f"out={out}"] if out else [])])
     if dry_run:
-        _show_plan(config, as_json)
+        for each in config.configs if isinstance(config, Chain) else (config,):
+            _show_plan(each, as_json)
+    elif isinstance(config, Chain):
+        _run_chain(config, device, as_json)
     else:
         _run(config, device, as_json)
 
 
 def _show_plan(config: TrainConfig, as_json: bool) -> None:
+    from soundstage.recipes.published import shared
+    from soundstage.training.config import Shared
     from soundstage.training.plan import plan
 
     found = plan(config)
+    if "memory" in found and {"teacher", "fake_score"} <= set(config.roles) and not isinstance(config.model, Shared):
+        found["memory_on_a_shared_base"] = plan(shared(config))["memory"]
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -60,7 +69,21 @@ def _show_plan(config: TrainConfig, as_json: bool) -> None:
         typer.echo(f"{key}: {value if not isinstance(value, float) else f'{value:.4g}'}")
     if "flops_per_step" in found:
         typer.echo(f"FLOPs per step: {found['flops_per_step']:.3g}, whole run {_flops(found):.3g}")
+    _show_memory("memory per device", found.get("memory", ()))
+    _show_memory(
+        "memory per device on a shared base (recipes.published.shared)", found.get("memory_on_a_shared_base", ())
+    )
     typer.echo(f"samples: {found['samples']} in {config.steps} steps")
+
+
+def _show_memory(title: str, rows: Sequence[Mapping[str, int]]) -> None:
+    """A line for each number of devices, with what it is made of."""
+    if rows:
+        typer.echo(f"{title}, without the allocator's and NCCL's own:")
+    for row in rows:
+        parts = (name for name in row if name not in ("devices", "accumulate", "total"))
+        told = ", ".join(f"{name} {_size(row[name])}" for name in parts)
+        typer.echo(f"  {row['devices']} devices, accumulate={row['accumulate']}: {_size(row['total'])} ({told})")
 
 
 def _size(count: float) -> str:
@@ -82,29 +105,60 @@ def _show(value: Mapping[str, Any], prefix: str) -> None:
 
 
 def _run(config: TrainConfig, device: str | None, as_json: bool) -> None:
+    """Train; under torchrun in every process, of which the first speaks."""
     from soundstage.cli.progress import progress
+    from soundstage.core.parallel import init_from_env, leave, only_rank_zero
     from soundstage.training import checkpoint
     from soundstage.training.engine import train
 
-    last = checkpoint.latest(config.folder / "checkpoints")
-    done = min(checkpoint.step_of(last), config.steps) if last else 0
-    if done:
-        typer.echo(f"resuming {config.folder} at step {done} of {config.steps}", err=True)
-    if done < config.steps:
-        _prepare(config.data)
-    with progress("training", config.steps) as advance:
-        advance.reach(done)
+    group, rank, _ = init_from_env(device)
+    try:
+        last = checkpoint.latest(config.folder / "checkpoints")
+        done = min(checkpoint.step_of(last), config.steps) if last else 0
+        if done and rank == 0:
+            typer.echo(f"resuming {config.folder} at step {done} of {config.steps}", err=True)
+        only_rank_zero(lambda: _prepare(config.data) if done < config.steps else None, group)
+        with progress("training", config.steps) if rank == 0 else nullcontext() as advance:
 
-        def on_log(entry: Mapping[str, float]) -> None:
-            if as_json:
-                typer.echo(json.dumps(dict(entry)))
-            advance.reach(int(entry["step"]), note=_note(entry))
+            def on_log(entry: Mapping[str, float]) -> None:
+                if as_json:
+                    typer.echo(json.dumps(dict(entry)))
+                if advance:
+                    advance.reach(int(entry["step"]), note=_note(entry))
 
-        state = train(config, device=device, on_log=on_log)
-    if state.step < config.steps:
+            if advance:
+                advance.reach(done)
+            state = train(config, device=device, on_log=on_log)
+    finally:
+        leave()
+    if rank == 0 and state.step < config.steps:
         typer.echo(f"stopped and saved at step {state.step}; the same command goes on from there", err=True)
-    elif not as_json:
+    elif rank == 0 and not as_json:
         typer.echo(f"trained {config.name} for {state.step} steps: {config.folder}")
+
+
+def _run_chain(chain: Chain, device: str | None, as_json: bool) -> None:
+    """One run after another, with the gates between them."""
+    from soundstage.core.parallel import init_from_env, leave
+    from soundstage.training.chain import train_chain
+
+    _, rank, _ = init_from_env(device)
+
+    def on_log(entry: Mapping[str, float]) -> None:
+        typer.echo(json.dumps(dict(entry)) if as_json else f"  step {int(entry['step'])}: {_note(entry)}")
+
+    def on_link(config: TrainConfig) -> None:
+        if rank == 0:
+            typer.echo(f"{config.name}: to step {config.steps}, in {config.folder}", err=True)
+
+    try:
+        done = train_chain(chain, on_link=on_link, device=device, on_log=on_log)
+    finally:
+        leave()
+    if rank == 0 and not done:
+        typer.echo("stopped and saved; the same command goes on from there", err=True)
+    elif rank == 0 and not as_json:
+        typer.echo(f"trained {chain.run.name}: {', '.join(chain.links)}, in {chain.folder}")
 
 
 def _prepare(data: Any) -> None:  # noqa: ANN401

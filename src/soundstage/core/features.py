@@ -18,19 +18,23 @@ def tap(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
     `with tap(net, ["blocks.3"]) as features: net(...)` leaves features["blocks.3"], the output of the last call, with
     its gradient. The hooks are gone after the block. Raises ConfigError for a name that is not there.
     """
-    modules = dict(module.named_modules())
-    names = list(names)
-    for name in names:
-        if name not in modules:
-            raise one_of("tap", name, filter(None, modules))
+    parts = {name: _part(module, name) for name in names}
     features: dict[str, Any] = {}
 
     def save(name: str) -> Callable[..., None]:
         return lambda _module, _inputs, output: features.__setitem__(name, output)
 
-    hooks = [modules[name].register_forward_hook(save(name)) for name in names]
+    hooks = [part.register_forward_hook(save(name)) for name, part in parts.items()]
     try:
         yield features
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    """A submodule, also one that stands behind an attribute and not in the registry, as in an adapted network."""
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        raise one_of("tap", name, filter(None, dict(module.named_modules()))) from None

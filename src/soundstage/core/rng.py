@@ -20,15 +20,20 @@ from soundstage.core.errors import ShapeError
 
 @dataclass(frozen=True)
 class Rng:
-    """One seed per sample and a path of names; every draw has a leading axis B = len(seeds)."""
+    """One seed per sample and a path of names; every draw has a leading axis B = len(seeds). run: seed of them all."""
 
     seeds: tuple[int, ...]
     path: tuple[str | int, ...] = ()
+    run: int = 0
 
     @classmethod
     def of(cls, seed: int, batch: int, start: int = 0) -> Rng:
         """Samples start, ..., start + batch - 1 of a run with this seed."""
-        return cls(tuple(_digest(seed, start + i) for i in range(batch)))
+        return cls(tuple(_digest(seed, start + i) for i in range(batch)), run=seed)
+
+    def everywhere(self) -> Rng:
+        """One stream for the whole run: the same in every micro-batch and on every process, along the same path."""
+        return replace(self, seeds=(_digest(self.run, "everywhere"),))
 
     def fold(self, *names: str | int) -> Rng:
         """Independent numbers for a purpose or a step: rng.fold("noise"), rng.fold("step", 3)."""

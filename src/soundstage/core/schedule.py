@@ -17,6 +17,7 @@ from soundstage.core.av import AV
 from soundstage.core.errors import ConfigError
 
 Level = TypeVar("Level", float, Tensor)
+Levels = TypeVar("Levels", bound=Sequence[float])
 
 
 def shift(t: Level, by: float) -> Level:
@@ -51,7 +52,7 @@ def shifted(steps: int, by: AV[float], start: AV[float] | None = None) -> AV[Ten
     return by.map(grid, start)
 
 
-def explicit(times: AV[Sequence[float]]) -> AV[Tensor]:
+def explicit(times: AV[Levels]) -> AV[Tensor]:
     """Levels as listed, one list per modality; the last is usually 0.
 
     Raises ConfigError when a list ascends, leaves [0, 1], or differs in length from the other.

@@ -22,6 +22,7 @@ from soundstage.core.av import AV
 from soundstage.core.conditions import Conditions
 from soundstage.core.denoiser import Codec, Denoiser
 from soundstage.core.errors import ConfigError, WeightsError, one_of
+from soundstage.core.schedule import check, explicit
 
 DEFAULT = "world-tiny"
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
@@ -33,7 +34,10 @@ class Sampling:
 
     sampler: a name in core.sampling.SAMPLERS. steps: number of steps.
     shift: time shift of the grid per modality (1 = linear). guidance: scale per modality (1 = none).
-    times: an explicit descending list of times from 1 to 0 (few-step students), in place of steps and shift.
+    times: of a few-step student, per modality that it generates, the descending list of levels that it was trained at
+    and then 0, in place of steps and shift; any_steps: it was trained at all levels, and other numbers of steps take
+    steps and shift. baked: guidance scales that were built into its weights (the convention is that of core.guidance);
+    guidance is then 1, or it would act twice. tasks: names of those it was distilled for; None = all.
     start: first level of the grid, before the shift (Wan and Ovi: 0.999). negative: what guidance leads away from, in
     words, per modality. skip_layer: the block left out of the negative prediction; None leaves out none.
     """
@@ -42,10 +46,21 @@ class Sampling:
     steps: int = 50
     shift: AV[float] = field(default_factory=lambda: AV(1.0, 1.0))
     guidance: AV[float] = field(default_factory=lambda: AV(1.0, 1.0))
-    times: tuple[float, ...] | None = None
+    times: AV[tuple[float, ...]] | None = None
     start: float = 1.0
     negative: AV[str] = field(default_factory=lambda: AV("", ""))
     skip_layer: int | None = None
+    any_steps: bool = False
+    baked: AV[float] | None = None
+    tasks: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.times is not None:
+            steps = check(explicit(self.times))
+            if self.steps != steps:
+                raise ConfigError(f"Sampling.times: are of {steps} steps, and steps is {self.steps}; make them agree")
+        if self.baked is not None and any(scale != 1 for scale in self.guidance.values()):
+            raise ConfigError("Sampling.baked: guidance that is built in acts a second time; set guidance to 1")
 
 
 class SizeRule(Protocol):

@@ -21,6 +21,7 @@ from soundstage.core.conditions import Conditions
 from soundstage.core.errors import ConfigError
 from soundstage.data.batching import Order
 from soundstage.data.folder import Folder
+from soundstage.data.prompts import ready
 from soundstage.data.records import ClipShape, Source, SourceConfig
 
 SHARD = 256
@@ -38,7 +39,8 @@ class CodecConfig(Protocol):
 class Latents:
     """Training data of a latent model: clips of `source`, encoded by `codec`, told by `tokenize`.
 
-    tokenize: captions to Conditions of one row each. num: clips used, the first of the source (None = all of them).
+    tokenize: captions to Conditions of one row each; see data.prompts.ready. num: clips used, the first of the source
+        (None = all of them).
     cache: folder of the encoded clips; it grows when num does, and one folder serves many sources and codecs.
     batch_size, device: of the encoding.
     """
@@ -74,7 +76,9 @@ class Latents:
     def build(self) -> LatentPool:
         """The pool in memory; encodes first what the cache lacks."""
         files, num = self.prepare()
-        return LatentPool(files, num, self.tokenize, self.seed)
+        pool = LatentPool(files, num, self.tokenize, self.seed)
+        ready(self.tokenize, pool.captions, None)
+        return pool
 
 
 class LatentPool:

@@ -19,13 +19,13 @@ from soundstage.core.denoiser import Denoiser, Tileable
 from soundstage.core.errors import Caution, RequestError
 from soundstage.core.guidance import Guided
 from soundstage.core.known import Known
+from soundstage.core.parallel import Group, context_parallel
 from soundstage.core.rng import Rng
 from soundstage.core.sampling import SAMPLERS
 from soundstage.core.system import Sampling, System, load_system
 from soundstage.inference.accelerate import Switches, forget
 from soundstage.inference.fitting import Canvas, canvas
 from soundstage.inference.given import Given, Inputs, Ranges, Several, encode_given, finish, read_inputs
-from soundstage.inference.parallel import Group, context_parallel
 from soundstage.inference.request import Scale, Words, each_seed, pair, picture_size, sampling_of
 from soundstage.inference.tasks import Plan, Task, grids, plan, resolve
 from soundstage.media.clip import Clip
@@ -100,7 +100,7 @@ class Generator:
         """The model of that name or folder (default: the one in the package), on a GPU where there is one.
 
         weights: folder with the files of a published model. switches: how it is made lighter or faster. group: the
-        processes that share each clip, from inference.parallel; all of them make the same request.
+        processes that share each clip, from core.parallel; all of them make the same request.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         switches = switches or Switches()
@@ -168,7 +168,7 @@ class Generator:
             raise RequestError(f"num: {num} is not at least 1")
         named = {name for name, media in (("image", image), ("audio", audio), ("video", video)) if media is not None}
         preset = resolve(task, named, self.system.modalities, self.system.needs)
-        sampling = sampling_of(self.system.sampling, steps, sampler, guidance, negative, skip_layer)
+        sampling = sampling_of(self.system, preset, steps, sampler, guidance, negative, skip_layer)
         _skipping(self.system, sampling.skip_layer)
         level = pair("strength", strength, AV(STRENGTH, STRENGTH), 0, 1)
         seeds = each_seed(seed, len(prompts))

@@ -12,6 +12,7 @@ from soundstage.core.errors import RequestError, one_of
 from soundstage.core.sampling import SAMPLERS
 from soundstage.core.system import Sampling, System
 from soundstage.inference.given import Several
+from soundstage.inference.tasks import Task
 from soundstage.media.clip import Clip
 
 Scale = float | tuple[float, float] | AV[float]
@@ -30,29 +31,79 @@ def each_seed(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 def sampling_of(
-    base: Sampling,
+    system: System,
+    task: Task,
     steps: int | None,
     sampler: str | None,
     guidance: Scale | None,
     negative: Words | None,
     skip_layer: int | None,
 ) -> Sampling:
-    """The model's way of sampling with what was asked in its place; its explicit times hold for its own steps only."""
+    """The model's way of sampling with what was asked in its place.
+
+    Raises RequestError for what cannot be, and for what a distilled model was not trained for.
+    """
+    base = system.sampling
     if steps is not None and not 1 <= steps <= MOST_STEPS:
         raise RequestError(f"steps: {steps} is not from 1 to {MOST_STEPS}; this model's default is {base.steps}")
     if sampler is not None and sampler not in SAMPLERS:
         raise RequestError(str(one_of("sampler", sampler, SAMPLERS)))
-    times = base.times if steps is None else None
+    times = base.times if steps in (None, base.steps) else None
     skip = base.skip_layer if skip_layer is None else skip_layer
+    scale = pair("guidance", guidance, base.guidance, 0, 100)
+    _check_trained(system, task, steps, sampler)
+    _check_baked(system, scale, negative)
     return replace(
         base,
         sampler=sampler or base.sampler,
-        steps=len(times) - 1 if times else steps or base.steps,
-        guidance=pair("guidance", guidance, base.guidance, 0, 100),
+        steps=steps or base.steps,
+        guidance=scale,
         times=times,
         negative=_negative(negative, base.negative),
         skip_layer=None if skip == -1 else skip,
     )
+
+
+def _check_trained(system: System, task: Task, steps: int | None, sampler: str | None) -> None:
+    """A student knows the tasks, the modalities, the levels and the sampler that it was distilled for."""
+    base = system.sampling
+    if base.tasks is not None and task.name not in base.tasks:
+        known = ", ".join(base.tasks)
+        raise RequestError(f"task {task.name}: {system.name} was distilled for {known} alone; ask for one of these")
+    if base.times is None:
+        return
+    missing = [name for name in task.generates if name not in base.times]
+    if missing:
+        known = " and ".join(base.times.modalities)
+        raise RequestError(
+            f"task {task.name}: {system.name} was distilled for {known} alone and cannot generate {missing[0]}; name "
+            "another task (t2v, t2a)"
+        )
+    if base.any_steps:
+        return
+    if steps not in (None, base.steps):
+        raise RequestError(f"steps: {system.name} was distilled for {base.steps} steps, not {steps}; leave steps out")
+    if sampler not in (None, base.sampler):
+        raise RequestError(
+            f"sampler: {system.name} was distilled for {base.sampler}, not {sampler}; leave the sampler out"
+        )
+
+
+def _check_baked(system: System, scale: AV[float], negative: Words | None) -> None:
+    """Guidance is once in the weights, and not again in the sampler."""
+    baked = system.sampling.baked
+    if baked is None:
+        return
+    told = ", ".join(f"{value:g} for {name}" for name, value in baked.items())
+    asked = next((value for value in scale.values() if value != 1), None)
+    if asked is not None:
+        raise RequestError(
+            f"guidance: {asked:g} is asked of {system.name}, which has guidance of {told} built in; leave guidance out"
+        )
+    if isinstance(negative, str | AV) or any(words is not None for words in negative or ()):
+        raise RequestError(
+            f"negative: {system.name} has guidance of {told} built in and reads no negative; leave it out"
+        )
 
 
 def _negative(value: Words | None, default: AV[str]) -> AV[str]:

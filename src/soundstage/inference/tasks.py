@@ -130,11 +130,16 @@ class Plan:
 def grids(
     task: Task, sampling: Sampling, latents: AV[Tensor], strength: AV[float], present: Sequence[str]
 ) -> AV[Tensor]:
-    """A grid (steps + 1,) per present modality: from 1 to 0, from its strength for an edited one, 0 for a held one."""
+    """A grid (steps + 1,) per present modality: from 1 to 0, from its strength for an edited one, 0 for a held one.
+
+    Where the model has listed times, an edited modality starts at the one nearest to its strength.
+    """
     levels = {name: strength[name] if task.keeps == "noised" and name in latents else 1.0 for name in present}
     start = AV(**{name: 0.0 if name in task.holds else level for name, level in levels.items()})
     if sampling.times is not None:
-        times = schedule.explicit(start.map(lambda level: [level * t for t in sampling.times]))
+        rest = [0.0] * (sampling.steps + 1)
+        listed = {n: _listed(sampling.times[n], level) if level else rest for n, level in start.items()}
+        times = schedule.explicit(AV(**listed))
     else:
         first = sampling.shift.only(*present).map(lambda by: schedule.shift(sampling.start, by))
         moving = start.map(lambda level, top: min(level, top) or top, first)
@@ -143,6 +148,12 @@ def grids(
         if level == 0:
             times = schedule.held(times, name)
     return times
+
+
+def _listed(levels: Sequence[float], start: float) -> list[float]:
+    """A student's levels from the one nearest to `start` on, before which the modality rests: it knows no others."""
+    first = min((level for level in levels if level > 0), key=lambda level: abs(level - start))
+    return [min(level, first) for level in levels]
 
 
 def plan(noise: AV[Tensor], times: AV[Tensor], latents: AV[Tensor], mask: AV[Tensor]) -> Plan:

@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from soundstage.models.codecs.wan_vae import WanVAE, WanVAEConfig
 from soundstage.models.codecs.wan_vae_memory import fit_tile
 from soundstage.models.ovi_forms import RECOMMENDED, VARIANTS, Sizes, Variant, check_prompt, snap
 from soundstage.models.published import IMAGE, PICTURE, SOUND, TEXT, TOKENIZER, VOCODER, Found
+from soundstage.models.student import Student, ToClean, read_student
 from soundstage.models.text.umt5 import UMT5Config, UMT5Text
 from soundstage.models.twin import TwinConfig
 from soundstage.models.vision import ClipVision, image_control, image_then_gray
@@ -74,7 +75,7 @@ def load_ovi(
         audio=(config.audio.out_channels, variant.audio_latents),
     )
     cautious = ("t2v", "t2a", "a2v", "v2a", "extension", "inpaint", "edit")
-    return System(
+    system = System(
         name=f"ovi-{variant.name.replace('_', '-')}",
         denoiser=WholeTimesteps(backbone),
         codec=codec,
@@ -100,6 +101,7 @@ def load_ovi(
             _activations(each, config.towers[modality]) for modality, each in shape.items()
         ),
     )
+    return _student(system, read_student(denoiser.path), backbone)
 
 
 def load_wan(
@@ -118,7 +120,7 @@ def load_wan(
     rules = WAN_RULES[name]
     height, width = rules.size
     told = IMAGE in found
-    return System(
+    system = System(
         name=name,
         denoiser=WholeTimesteps(backbone),
         codec=codec,
@@ -147,6 +149,16 @@ def load_wan(
         encode_image=_first_frame(found[IMAGE], codec, device) if told else None,
         activation_bytes=lambda shape: _activations(shape["video"], config),
     )
+    return _student(system, read_student(denoiser.path), backbone)
+
+
+def _student(system: System, student: Student | None, backbone: Denoiser) -> System:
+    """The system with a student's way of sampling; a student knows fractions of thousandths, as it was trained."""
+    if student is None:
+        return system
+    denoiser = ToClean(backbone) if student.flow_map else backbone
+    info = {**system.info, "student": student.name, "base": student.base}
+    return replace(system, name=student.name, denoiser=denoiser, sampling=student.sampling, skipping=None, info=info)
 
 
 @dataclass(frozen=True)

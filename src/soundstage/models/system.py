@@ -23,6 +23,12 @@ from soundstage.models.text.bytes import ByteTextConfig, tokenize
 from soundstage.models.unified_dit import UnifiedDiTConfig
 
 WEIGHTS = "model.safetensors"
+CONVENTIONS = {
+    "velocity": "noise - x0",
+    "time": "1 = noise, 0 = data",
+    "guidance": "v + (scale - 1) (v - v_negative), 1 = none",
+}
+"""What the numbers in "sampling" mean."""
 
 
 def load_system(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> System:
@@ -33,13 +39,14 @@ def load_system(folder: Path, device: torch.device, dtype: torch.dtype | None = 
     tensors = load_file(str(folder / WEIGHTS))
     _load(denoiser, tensors, "denoiser.", folder)
     _load(codec, tensors, "codec.", folder)
-    sampling = {k: AV(**v) if isinstance(v, dict) else v for k, v in told["sampling"].items()}
+    if told.get("conventions", CONVENTIONS) != CONVENTIONS:
+        raise WeightsError(f"{folder / 'model.json'}: was written under other conventions; update soundstage")
     return System(
         name=told["name"],
         denoiser=denoiser.to(device, dtype or torch.float32).eval().requires_grad_(False),
         codec=codec.to(device, torch.float32).eval().requires_grad_(False),
         encode_text=lambda prompts: tokenize(prompts, config.text.max_bytes).to(device),
-        sampling=Sampling(**sampling),
+        sampling=sampling_from(told["sampling"]),
         modalities=config.geometry.modalities,
         shape=config.shape,
         info={"name": told["name"], "version": told.get("version"), "config": told},
@@ -55,8 +62,12 @@ def save_system(
     sampling: Sampling,
     dtype: torch.dtype = torch.bfloat16,
     version: str = "1",
+    base: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write model.json and model.safetensors (codec statistics stay float32); returns the folder."""
+    """Write model.json and model.safetensors (codec statistics stay float32); returns the folder.
+
+    base: of a distilled model, {"name", "sha256"} of its teacher, by models.weights.fingerprint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"denoiser.{k}": v.to(dtype) for k, v in denoiser.state_dict().items()}
     for key, value in codec.state_dict().items():
@@ -72,10 +83,30 @@ def save_system(
         "files": [WEIGHTS],
         "denoiser": scalars | {"seconds": str(config.seconds)},
         "codec": streams,
-        "sampling": {k: v.as_dict() if isinstance(v, AV) else v for k, v in vars(sampling).items()},
+        "sampling": sampling_to(sampling),
+        "conventions": CONVENTIONS,
     }
+    if base is not None:
+        told["base"] = dict(base)
     (folder / "model.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def sampling_to(sampling: Sampling) -> dict[str, Any]:
+    """A Sampling as JSON."""
+    return {k: v.as_dict() if isinstance(v, AV) else v for k, v in vars(sampling).items()}
+
+
+def sampling_from(told: Mapping[str, Any]) -> Sampling:
+    """A Sampling from JSON."""
+    return Sampling(**{k: _read(v) for k, v in told.items()})
+
+
+def _read(value: Any) -> Any:  # noqa: ANN401
+    """A field of Sampling from JSON."""
+    if isinstance(value, dict):
+        return AV(**{name: _read(item) for name, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _configs(told: Mapping[str, Any]) -> tuple[UnifiedDiTConfig, PairCodec]:

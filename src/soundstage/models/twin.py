@@ -44,7 +44,7 @@ class TwinConfig:
     def __post_init__(self) -> None:
         if (self.video.modality, self.audio.modality) != ("video", "audio"):
             raise ConfigError("TwinConfig: video needs a patch of three axes and audio one of one axis")
-        for name in ("width", "num_heads", "depth"):
+        for name in ("width", "num_heads", "depth", "two_times"):
             ours, theirs = getattr(self.video, name), getattr(self.audio, name)
             if ours != theirs:
                 raise ConfigError(f"{name}: {ours} in the video tower and {theirs} in the audio tower; make them equal")
@@ -84,6 +84,10 @@ class TwinConfig:
                 )
             towers[name] = WanConfig.of(own, num_heads=num_heads, text_length=text_length, eps=eps)
         return cls(**towers, audio_rope_scale=audio_rope_scale)
+
+    def as_flow_map(self) -> TwinConfig:
+        """The same told two times."""
+        return replace(self, video=self.video.as_flow_map(), audio=self.audio.as_flow_map())
 
     def build(self) -> Twin:
         """The module, randomly initialised (for free under `torch.device("meta")`)."""
@@ -174,8 +178,9 @@ class Twin(nn.Module):
         skip: tuple[int, ...] = (),
     ) -> AV[Tensor]:
         """Velocity noise - x0 of the present modalities; t per modality (B,) or (B, steps). skip: blocks left out."""
-        check(cond, t, r, control=0)
-        return self.run(x_t, t, cond, skip=skip)
+        two_times = self.config.video.two_times
+        check(cond, t, None if two_times else r, control=0)
+        return self.run(x_t, t, cond, r=r if two_times else None, skip=skip)
 
     def run(
         self,
@@ -183,13 +188,15 @@ class Twin(nn.Module):
         t: AV[Tensor],
         cond: Conditions,
         *,
+        r: AV[Tensor] | None = None,
         skip: tuple[int, ...] = (),
         lengths: AV[int] | None = None,
         per_token: bool = False,
     ) -> AV[Latents]:
         """The towers on latents, or on lists of unbatched latents of several sizes.
 
-        t per modality (B,), (B, steps), or (B, L) with per_token. lengths: tokens to pad each sequence to.
+        t, and r of a flow map: per modality (B,), (B, steps), or (B, L) with per_token. lengths: tokens to pad each
+        sequence to.
         """
         if not x.modalities:
             raise ModalityError("x_t has no modality; give video, audio or both")
@@ -197,7 +204,8 @@ class Twin(nn.Module):
         tokens, sides = {}, {}
         for name, latents in x.items():
             length = None if lengths is None else lengths[name]
-            tokens[name], sides[name] = ends[name].enter(latents, t[name], cond, length, per_token)
+            to = None if r is None else r[name]
+            tokens[name], sides[name] = ends[name].enter(latents, t[name], cond, length, per_token, to)
         batches = {name: side.layout.batch for name, side in sides.items()}
         if len(set(batches.values())) > 1:
             raise ShapeError(f"samples of x_t: {batches}; give as many of each modality")

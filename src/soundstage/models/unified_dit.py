@@ -8,6 +8,7 @@ Shape letters: B batch, F latent frames, H, W, C, A audio latent steps, L tokens
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -20,7 +21,7 @@ from soundstage.core.av import AV
 from soundstage.core.conditions import Conditions
 from soundstage.core.denoiser import StreamGeometry
 from soundstage.core.errors import ShapeError, one_of
-from soundstage.models.layers.attention import CrossAttention, SelfAttention
+from soundstage.models.layers.attention import Attention, CrossAttention, SelfAttention, attend
 from soundstage.models.layers.rotary import angles
 from soundstage.models.text.bytes import ByteText, ByteTextConfig
 
@@ -106,13 +107,22 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
 
     def forward(
-        self, x_BLD: Tensor, mods: list[Tensor], lengths: list[int], angles_BLK: Tensor, text: Tensor, mask: Tensor
+        self,
+        x_BLD: Tensor,
+        mods: list[Tensor],
+        rows: list[int],
+        lengths: list[int],
+        angles_BLK: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        attend: Attention = attend,
     ) -> Tensor:
-        """mods: per modality (B, 1 or F, 6, D) with the block's own table added; gates last of each triple.
+        """mods: per modality (B, 1 or F, 6, D) and its row in the block's own table; gates last of each triple.
 
-        lengths: tokens of each modality. text, mask: word features and which of them exist.
+        lengths: tokens of each modality. text, mask: word features and which of them exist. attend: who reads whom.
         """
-        y = self.attention(_modulate(self.norm(x_BLD), mods, lengths, 0), angles_BLK)
+        mods = [mod + self.table[row].to(mod.dtype) for mod, row in zip(mods, rows, strict=True)]
+        y = self.attention(_modulate(self.norm(x_BLD), mods, lengths, 0), angles_BLK, attend)
         x = x_BLD + _scale(y, mods, lengths, 2)
         x = x + self.read_text(self.norm_text(x), text, mask)
         return x + _scale(self.mlp(_modulate(self.norm(x), mods, lengths, 3)), mods, lengths, 5)
@@ -154,6 +164,12 @@ class UnifiedDiT(nn.Module):
 
     def forward(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:
         """Velocity noise - x0 of the present modalities; t and r per modality (B,) or (B, steps)."""
+        return self._through(x_t, t, cond, r, [attend] * len(self.blocks))
+
+    def _through(
+        self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, r: AV[Tensor] | None, attends: Sequence[Attention]
+    ) -> AV[Tensor]:
+        """The forward pass, with who reads whom in each block."""
         tokens = AV(**{name: self._tokens(name, x) for name, x in x_t.items()})
         positions = AV(**{name: self._positions(name, x, cond) for name, x in x_t.items()})
         clock = AV(**{n: self._clock(t[n], None if r is None else r[n]) for n in x_t.modalities})
@@ -167,11 +183,10 @@ class UnifiedDiT(nn.Module):
         text, text_mask = self._read(cond, x_t)
         shared = {n: F.silu(clock[n]) for n in x_t.modalities}
         base = {n: self.modulation[n](shared[n]).unflatten(-1, (6, -1)) for n in x_t.modalities}
-        order, lengths = self.config.geometry.modalities, [part.shape[1] for part in tokens.values()]
-        for block in self.blocks:
-            table: Tensor = block.table  # type: ignore[assignment]
-            mods = [base[n] + table[order.index(n)].to(base[n].dtype) for n in base]
-            x = block(x, mods, lengths, rotation, text, text_mask)
+        rows = [self.config.geometry.modalities.index(n) for n in base]
+        lengths = [part.shape[1] for part in tokens.values()]
+        for block, each in zip(self.blocks, attends, strict=True):
+            x = block(x, list(base.values()), rows, lengths, rotation, text, text_mask, each)
         return self._heads(x, x_t, lengths, shared)
 
     def _tokens(self, name: str, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,9 @@ from soundstage.models.weights import renamed
 HEAD = 128
 """Head width of every published model."""
 
+SPAN = r"(.*\.)?span_embedding\..*"
+"""Pattern of the names that a flow map has beside the published ones."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -33,7 +36,8 @@ class WanConfig:
 
     in_channels beyond out_channels are control latents (image-to-video: 4 of mask, 16 of image). frequencies: of the
     time embedding. text_length: rows of text, padded with zeros. image_width: of the reference image's features, None =
-    the model reads none. time_scale: rotary positions per latent step.
+    the model reads none. time_scale: rotary positions per latent step. two_times: a flow map, also told r by an
+    embedding of t - r, which published files lack (SPAN) and which starts at 0.
     """
 
     width: int
@@ -49,6 +53,7 @@ class WanConfig:
     image_width: int | None = None
     eps: float = 1e-6
     time_scale: float = 1.0
+    two_times: bool = False
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.num_heads):
@@ -111,11 +116,16 @@ class WanConfig:
             image_width=None if image is None else image[0],
             eps=eps,
             time_scale=time_scale,
+            two_times="span_embedding.0.weight" in shapes,
         )
 
     def build(self) -> Wan:
         """The module, randomly initialised (for free under `torch.device("meta")`)."""
         return Wan(self)
+
+    def as_flow_map(self) -> WanConfig:
+        """The same told two times."""
+        return replace(self, two_times=True)
 
     def block(self, *, fused: bool = False) -> WanBlock:
         """One block; fused: it also reads another tower."""
@@ -176,14 +186,15 @@ class Wan(Ends):
         r: AV[Tensor] | None = None,
         skip: tuple[int, ...] = (),
     ) -> AV[Tensor]:
-        """Velocity noise - x0; t (B,) or (B, F). skip: blocks left out (`skipping`)."""
+        """Velocity noise - x0, from t to r the mean one; both (B,) or (B, F). skip: blocks left out (`skipping`)."""
         name = self.config.modality
         if x_t.modalities != (name,):
             given = " and ".join(x_t.modalities) or "nothing"
             raise ModalityError(f"this model denoises {name} alone, and was given {given}; use x_t.only({name!r})")
-        check(cond, t, r, self.config.in_channels - self.config.out_channels)
+        check(cond, t, None if self.config.two_times else r, self.config.in_channels - self.config.out_channels)
         x = with_control(x_t[name], cond)
-        return AV(**{name: self.run(x, t[name], cond, skip=skip).to(x_t[name].dtype)})
+        ends = None if r is None else r[name]
+        return AV(**{name: self.run(x, t[name], cond, r=ends, skip=skip).to(x_t[name].dtype)})
 
     def run(
         self,
@@ -191,15 +202,16 @@ class Wan(Ends):
         t: Tensor,
         cond: Conditions,
         *,
+        r: Tensor | None = None,
         skip: tuple[int, ...] = (),
         length: int | None = None,
         per_token: bool = False,
     ) -> Latents:
         """The tower on latents with `in_channels` channels, or on a list of unbatched latents of several sizes.
 
-        t (B,), (B, F), or (B, L) with per_token. length: tokens to pad the sequence to.
+        t, and r of a flow map: (B,), (B, F), or (B, L) with per_token. length: tokens to pad the sequence to.
         """
-        tokens, side = self.enter(x, t, cond, length, per_token)
+        tokens, side = self.enter(x, t, cond, length, per_token, r)
         for number, block in enumerate(self.blocks):
             if number not in skip:
                 tokens, kv = through(block, self.checkpointing, tokens, side.stream, side.kv[number])

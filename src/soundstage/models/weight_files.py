@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from soundstage.core.errors import WeightsError
@@ -108,6 +109,14 @@ def peek(path: Path) -> dict[str, tuple[int, ...]]:
             continue
         found |= {name: tuple(entry["shape"]) for name, entry in told.items()}
     return found
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says of itself; raises WeightsError for a file that is missing or is none."""
+    (file,) = weight_files(path)
+    check_whole(file)
+    with safe_open(str(file), framework="pt") as opened:
+        return dict(opened.metadata() or {})
 
 
 def stored_bytes(header: Header) -> int:

@@ -9,6 +9,7 @@ through a window of 64 MB, so the peak of host memory is the loaded tensors and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -39,6 +40,7 @@ __all__ = [
     "Source",
     "check_weights",
     "check_whole",
+    "fingerprint",
     "headers",
     "identity",
     "load_weights",
@@ -266,6 +268,19 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         setattr(place, leaf, nn.Parameter(tensor, requires_grad=grows))
     else:
         setattr(place, leaf, tensor)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors: of their names, types, shapes and bytes in the order of the names, 64 hexadecimal digits.
+
+    It does not depend on the file that they are in, nor on the device.
+    """
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return found.hexdigest()
 
 
 # Writing

@@ -106,8 +106,9 @@ def draw(
 ) -> tuple[AV[Tensor], list[str]]:
     """A task for every sample, by the probabilities of `mixture`: (masks of the modalities used, names).
 
-    Tasks that use the same modalities mix within a batch, sample by sample; which modalities a batch uses is drawn
-    once per batch. Tasks that would generate nothing of x0 are left out. Raises ConfigError when none is left.
+    Tasks that use the same modalities mix within a batch, sample by sample; which modalities a step uses is drawn
+    once for its micro-batches and processes. Tasks that would generate nothing of x0 are left out. Raises ConfigError
+    when none is left.
     """
     for name in mixture:
         if name not in tasks:
@@ -118,8 +119,8 @@ def draw(
     families: dict[tuple[str, ...], dict[str, float]] = {}
     for name, p in fit.items():
         families.setdefault(tasks[name].present(x0.modalities), {})[name] = p
-    first = Rng(rng.seeds[:1], rng.path).fold("family")
-    family = list(families)[int(_choose([sum(f.values()) for f in families.values()], first)[0])]
+    shared = rng.everywhere().fold("family")
+    family = list(families)[int(_choose([sum(f.values()) for f in families.values()], shared)[0])]
     names = list(families[family])
     pick = _choose(list(families[family].values()), rng.fold("task"))
     used = x0.only(*family)

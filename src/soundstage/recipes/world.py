@@ -199,12 +199,17 @@ def system_of(config: TrainConfig, student: torch.nn.Module, device: str | torch
 
 def score(validation: Validation) -> dict[str, float]:
     """The world score of eight prompts each of bounce, metronome and drums; writes their clips as samples."""
-    generator = Generator(system_of(validation.config, validation.student, validation.device), validation.device)
+    system = system_of(validation.config, validation.student, validation.device)
+    return scored(Generator(system, validation.device), validation.folder)
+
+
+def scored(generator: Generator, folder: Path) -> dict[str, float]:
+    """The means of `score` for any generator of the world's clips, which are written to the folder."""
     items = stream_items(24, seed=1, kinds=("bounce", "metronome", "drums"))
     made = generator.generate([item.caption for item in items], seed=[item.index for item in items])
     found: dict[str, list[float]] = {}
     for item, one in zip(items, made, strict=True):
-        one.save(validation.folder / f"{item.id}.mp4")
+        one.save(folder / f"{item.id}.mp4")
         for key, value in Oracle()(one.clip, item.wanted).items():
             found.setdefault(key, []).append(value)
     wanted = ("f1@45", "abs_offset_ms", "kind", "colour", "pitch_semitones", "misses", "hallucinations")

@@ -46,13 +46,17 @@ class Meter:
 
 
 class Log:
-    """Appends entries to metrics.jsonl and TensorBoard; on resume, entries after `step` are dropped."""
+    """Appends entries to metrics.jsonl and TensorBoard; on resume, entries after `step` are dropped.
+
+    entries: all of the run so far, as they are in the file.
+    """
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if _step(line) <= step] if step else []
         path.write_text("".join(line + "\n" for line in kept))
+        self.entries: list[dict[str, float | None]] = [json.loads(line) for line in kept]
         self._file = path.open("a")
         self._writer: Any = None
         if tensorboard and importlib.util.find_spec("tensorboard"):
@@ -65,6 +69,7 @@ class Log:
         entry = {"step": step, **{name: float(value) for name, value in values.items()}}
         # JSON has no NaN or infinity
         shown = {name: value if math.isfinite(value) else None for name, value in entry.items()}
+        self.entries.append(shown)
         self._file.write(json.dumps(shown) + "\n")
         self._file.flush()
         if self._writer is not None:

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from soundstage.training.config import Optim, TrainConfig, describe
+from soundstage.core.av import AV
+from soundstage.training import memory
+from soundstage.training.config import Optim, Shared, TrainConfig, describe
 from soundstage.training.optim import groups
-from soundstage.training.state import phases
+from soundstage.training.state import networks, phases
+
+DEVICES = (8, 16, 64)
 
 
-def plan(config: TrainConfig) -> dict[str, Any]:
+def plan(config: TrainConfig, devices: Sequence[int] = DEVICES) -> dict[str, Any]:
     """The resolved configuration, and what it takes: parameters and bytes per role, and the model's own figures.
 
-    Networks are built on the meta device, so 7 B parameters cost no memory. bytes: weights, gradients, optimiser state
-    and average, without activations. A model's `describe()` adds tokens and FLOPs; "flops" in it means one forward
-    pass of one sample, and a training step costs three such passes per sample. Raises ConfigError for a stage that
-    cannot be.
+    Networks are built on the meta device, so 7 B parameters cost no memory. A network on another's base counts its own
+    parameters only. bytes: weights, gradients, optimiser state and average on one device, without activations.
+    A model's `describe()` adds tokens and FLOPs; "flops" in it means one forward pass of one sample, and a training
+    step costs three such passes per sample. Where it also tells its "latents", "memory" has the bytes on each of
+    several devices with activations, "calls" how often a step calls each network, and FLOPs follow from these (see
+    `memory`). Raises ConfigError for a stage that cannot be.
     """
     spans = [{"start": phase.start, "end": phase.end} for phase in phases(config)]
-    roles = {"student": (config.model, config.optim)} | {n: (r.model, r.optim) for n, r in config.roles.items()}
-    shown = {name: _role(model, optim) for name, (model, optim) in roles.items()}
+    optims = {"student": config.optim} | {name: role.optim for name, role in config.roles.items()}
+    made: list[tuple[Any, nn.Module]] = []
+
+    def make(model: Any) -> nn.Module:  # noqa: ANN401
+        """Alike networks are one here, where they are only measured."""
+        known = next((module for other, module in made if other == model), None)
+        if known is None:
+            made.append((model, model.build()))
+        return made[-1][1] if known is None else known
+
+    with torch.device("meta"):
+        nets = networks(config, lambda _, module: module, make)
+    shown = {name: _role(module, optims[name]) for name, module in nets.items()}
     if config.ema is not None:
         shown["ema"] = {"parameters": shown["student"]["parameters"], "bytes": shown["student"]["parameters"] * 4}
     found = {
@@ -33,28 +51,39 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "roles": shown,
         "bytes": sum(role["bytes"] for role in shown.values()),
     }
-    own = getattr(config.model, "describe", None)
+    whole = config.roles[config.model.base].model if isinstance(config.model, Shared) else config.model
+    own = getattr(whole, "describe", None)
     if own is not None:
         found["model"] = dict(own())
         if "flops" in found["model"]:
             found["flops_per_step"] = 3 * found["model"]["flops"] * config.batch_size
-    return found
+    told = memory.known(config)
+    return found if told is None else found | _measured(config, nets, told, devices)
 
 
-def _role(model: Any, optim: Optim | None) -> dict[str, int]:  # noqa: ANN401
+def _measured(
+    config: TrainConfig, nets: Mapping[str, nn.Module], told: Mapping[str, Mapping[str, Any]], devices: Sequence[int]
+) -> dict[str, Any]:
+    latents = AV(**{name: tuple(shape) for name, shape in told["student"]["latents"].items()})
+    calls = memory.count_calls(config, latents.modalities)
+    flops = {role: float(said["flops"]) for role, said in told.items()}
+    sizes = memory.memory(config, nets, latents, calls, devices)
+    return {
+        "calls": {role: vars(each) for role, each in calls.items()},
+        "flops_per_step": memory.flops_per_step(config, calls, flops),
+        "memory": [{**vars(size), "total": size.total} for size in sizes],
+    }
+
+
+def _role(module: nn.Module, optim: Optim | None) -> dict[str, int]:
     """Parameters, those that move, and bytes of fp32 weights with gradients and optimiser state."""
-    module = on_meta(model)
     parameters = sum(p.numel() for p in module.parameters())
-    held = parameters * 4 + sum(b.numel() * b.element_size() for b in module.buffers())
+    held = sum(x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers()))
     if optim is None:
         return {"parameters": parameters, "moving": 0, "bytes": held}
-    sizes = {kind: sum(p.numel() for p in found) for kind, found in groups(module, optim).items()}
-    moving = sum(sizes.values())
+    found = groups(module, optim)
+    sizes = {key: sum(p.numel() for p in those) for key, those in found.items()}
+    moving = sum(size for (_, factor), size in sizes.items() if factor)
+    muon = sum(size for (kind, factor), size in sizes.items() if kind == "muon" and factor)
     # gradient and one momentum for Muon; gradient and two moments for AdamW
-    return {"parameters": parameters, "moving": moving, "bytes": held + 12 * moving - 4 * sizes["muon"]}
-
-
-def on_meta(model: Any) -> nn.Module:  # noqa: ANN401
-    """A model built from its configuration without memory for its weights."""
-    with torch.device("meta"):
-        return model.build()
+    return {"parameters": parameters, "moving": moving, "bytes": held + 12 * moving - 4 * muon}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from soundstage.core.errors import ConfigError
 from soundstage.training import checkpoint
-from soundstage.training.config import Optim, TrainConfig
+from soundstage.training.config import Optim, Shared, TrainConfig
 from soundstage.training.ema import Ema
 from soundstage.training.optim import Optimizer
 from soundstage.training.overrides import changed
+from soundstage.training.parallel import World
 
 _FIXED = ("name", "model", "roles", "steps", "seed", "ema", "init", "stages", "out", "compile")
 
@@ -69,6 +72,11 @@ class State:
         """The averaged student where there is one: what to generate with."""
         return self.ema.module if self.ema else self.nets["student"]
 
+    @property
+    def players(self) -> dict[str, nn.Module]:
+        """What an objective sees: the networks of all roles, and the average as "ema" where there is one."""
+        return {**self.nets, "ema": self.ema.module} if self.ema else self.nets
+
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds: the roles that move, and "ema"."""
         moving = {role: self.nets[role] for role in self.optimizers}
@@ -81,44 +89,58 @@ class State:
 
     def load(self, path: Path) -> None:
         """Go to the moment of a checkpoint; raises WeightsError when it is of other networks or optimisers."""
-        saved = checkpoint.load(path, self.modules())
-        for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][role])
+        checkpoint.restore(path, self.modules(), self.optimizers)
         self.step = checkpoint.step_of(path)
 
     def renew(self, before: TrainConfig, now: TrainConfig) -> None:
-        """Give the student the optimiser of a new phase; its moments stay where the kind does."""
+        """Give the student the optimiser of a new phase; moments of what moves on stay where the kind does."""
         if before.optim == now.optim:
             return
         old = self.optimizers["student"]
         # between turns of other roles the student collects no gradients
-        for parameter in old.parameters:
+        for parameter in (*old.parameters, *old.frozen):
             parameter.requires_grad_(True)
-        new = Optimizer(self.nets["student"], now.optim)
-        if before.optim.kind == now.optim.kind:
-            new.load_state_dict(old.state_dict())
-        self.optimizers["student"] = new
+        self.optimizers["student"] = Optimizer(self.nets["student"], now.optim)
+        self.optimizers["student"].take_over(old)
 
 
-def build(config: TrainConfig, device: torch.device, optim: Optim | None = None) -> State:
+def networks(
+    config: TrainConfig,
+    place: Callable[[str, nn.Module], nn.Module],
+    make: Callable[[Any], nn.Module] = lambda model: model.build(),
+) -> dict[str, nn.Module]:
+    """Role to network: first those of their own, each made and put in its place, then those that share one of them."""
+    models = config.models
+    nets = {name: place(name, make(model)) for name, model in models.items() if not isinstance(model, Shared)}
+    for name, model in models.items():
+        if isinstance(model, Shared):
+            nets[name] = place(name, model.on(nets[model.base], name))
+    return {name: nets[name] for name in models}
+
+
+def build(config: TrainConfig, world: World, optim: Optim | None = None) -> State:
     """Networks with their first weights (drawn from the seed, or read from `init`), optimisers and average."""
     torch.manual_seed(config.seed)
-    nets = {"student": config.model.build()}
-    nets |= {name: role.model.build() for name, role in config.roles.items()}
     inits = {"student": config.init} | {name: role.init for name, role in config.roles.items()}
-    for name, module in nets.items():
-        if inits[name]:
-            checkpoint.load_weights(module, inits[name])  # type: ignore[arg-type]
-        module.to(device).train()
     optims = {"student": optim or config.optim} | {name: role.optim for name, role in config.roles.items()}
-    ema = Ema(nets["student"], config.ema) if config.ema is not None else None
+    averages: list[Ema] = []
+
+    def place(name: str, module: nn.Module) -> nn.Module:
+        init = inits[name]
+        if init and world.first:
+            checkpoint.load_weights(module, init)
+        module = module.train() if optims[name] else module.eval().requires_grad_(False)
+        if name == "student" and config.ema is not None:  # before it is divided: what is cannot be copied
+            averages.append(Ema(module, config.ema))
+            world.place(averages[0].module, "ema")
+        return world.place(module, name)
+
+    nets = networks(config, place, world.build)
     for name, module in nets.items():
-        if optims[name] is None:
-            module.eval().requires_grad_(False)
-        elif config.compile:
+        if config.compile and optims[name]:
             module.compile()
     optimizers = {name: Optimizer(nets[name], kind) for name, kind in optims.items() if kind is not None}
-    return State(0, nets, optimizers, ema, device)
+    return State(0, nets, optimizers, averages[0] if averages else None, world.device)
 
 
 @dataclass(frozen=True)

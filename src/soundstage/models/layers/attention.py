@@ -5,12 +5,17 @@ Shape letters: B batch, L tokens, S text tokens, D width, N heads, K head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soundstage.models.layers.rotary import rotate
 
 SHORT = 256
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries (B, N, L, K), keys and values (B, N, S, K) -> (B, N, L, K)."""
 
 
 def heads(x_BLD: Tensor, num_heads: int) -> Tensor:
@@ -48,8 +53,8 @@ class SelfAttention(nn.Module):
         self.norm_k = nn.RMSNorm(width // num_heads)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor, angles_BLK: Tensor) -> Tensor:
-        """Attend over all tokens; angles (B or 1, L, K/2)."""
+    def forward(self, x_BLD: Tensor, angles_BLK: Tensor, attend: Attention = attend) -> Tensor:
+        """Attend over all tokens, or as `attend` does; angles (B or 1, L, K/2)."""
         q, k, v = (heads(part, self.num_heads) for part in self.qkv(x_BLD).chunk(3, dim=-1))
         q = rotate(_rms(self.norm_q, q), angles_BLK).to(v.dtype)
         k = rotate(_rms(self.norm_k, k), angles_BLK).to(v.dtype)

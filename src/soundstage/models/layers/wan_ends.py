@@ -131,21 +131,29 @@ class Ends(nn.Module):
         self.text_embedding = _mlp(config.text_width, width, nn.GELU(approximate="tanh"))
         self.time_embedding = _mlp(config.frequencies, width, nn.SiLU())
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        if config.two_times:
+            self.span_embedding = span_embedding(config)
         if config.image_width is not None:
             self.img_emb = ImageEmbedding(config.image_width, width)
         self.head = Head(width, config.out_channels * math.prod(config.patch), config.eps)
         self.tokens, self.memo, self.precise = Tokens(), Memo(), Precise()
 
     def enter(
-        self, x: Latents, t: Tensor, cond: Conditions, length: int | None = None, per_token: bool = False
+        self,
+        x: Latents,
+        t: Tensor,
+        cond: Conditions,
+        length: int | None = None,
+        per_token: bool = False,
+        r: Tensor | None = None,
     ) -> tuple[Tensor, Side]:
         """Tokens (B, L, D) of this process and all that the blocks are told.
 
         x: latents with `in_channels` channels. t (B,) or (B, F) in [0, 1], with per_token (B, L). length: tokens to pad
-        the sequence to. Raises ShapeError where something does not fit.
+        the sequence to. r: of a flow map, as t; None = t. Raises ShapeError where something does not fit.
         """
         x_BLD, layout = self._embed(x, length)
-        clock, rows = self._clock(t, layout, per_token)
+        clock, rows = self._clock(t, layout, per_token, r)
         text, image, kv, keeps = self._read(cond, layout.batch, x_BLD.device)
         counts = layout.counts
         full = all(count == self.tokens.padded(layout.length) for count in counts)
@@ -205,8 +213,10 @@ class Ends(nn.Module):
             )
         return tuple(size // patch for size, patch in zip(x.shape[2:], config.patch, strict=True))
 
-    def _clock(self, t: Tensor, layout: Layout, per_token: bool) -> tuple[Tensor, Tensor]:
+    def _clock(self, t: Tensor, layout: Layout, per_token: bool, r: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Time embedding (B, G, D) and modulation (B, G, 6, D), once per row of t."""
+        span = torch.zeros_like(t) if r is None else t - r
+        span = span[:, None] if span.ndim == 1 else span
         t = t[:, None] if t.ndim == 1 else t
         steps = layout.length if per_token else max(grid[0] for grid in layout.grids)
         if t.shape[0] != layout.batch or t.shape[1] not in (1, steps):
@@ -214,6 +224,9 @@ class Ends(nn.Module):
             raise ShapeError(f"t.{name}: {tuple(t.shape)} fits neither ({batch},) nor ({batch}, {steps})")
         waves = sinusoid(1000 * t.double(), self.config.frequencies)
         clock = self.time_embedding(typed(self.time_embedding[0], waves))
+        if self.config.two_times:
+            waves = sinusoid(math.tau * span.double(), self.config.frequencies)
+            clock = clock + self.span_embedding(typed(self.span_embedding[0], waves))
         rows = self.time_projection(typed(self.time_projection[1], clock))
         return self.precise(clock), self.precise(rows.unflatten(-1, (6, -1)))
 
@@ -301,6 +314,14 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def span_embedding(config: WanConfig) -> nn.Sequential:
+    """Of t - r, slow waves so that derivatives by time stay small; its last layer 0, so that it says nothing yet."""
+    made = _mlp(config.frequencies, config.width, nn.SiLU())
+    nn.init.zeros_(made[2].weight)
+    nn.init.zeros_(made[2].bias)
+    return made
+
+
 def initialise(module: nn.Module) -> None:
     """Weights for training from scratch, as Wan does it.
 
@@ -311,7 +332,7 @@ def initialise(module: nn.Module) -> None:
         if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv3d):
             if "text_embedding" in name or "time_embedding" in name:
                 nn.init.normal_(part.weight, std=0.02)
-            elif name.endswith("head.head"):
+            elif name.endswith(("head.head", "span_embedding.2")):
                 nn.init.zeros_(part.weight)
             else:
                 nn.init.xavier_uniform_(part.weight.flatten(1))

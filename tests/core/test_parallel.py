@@ -19,11 +19,11 @@ from soundstage.core.av import AV
 from soundstage.core.conditions import Conditions
 from soundstage.core.errors import ConfigError, SoundstageError
 from soundstage.core.guidance import Guided
+from soundstage.core.parallel import context_parallel, init_from_env, leave, only_rank_zero
 from soundstage.core.rng import Rng
 from soundstage.core.sampling import unipc
 from soundstage.core.schedule import shifted
 from soundstage.inference.accelerate import Switches
-from soundstage.inference.parallel import context_parallel, init_from_env, leave, only_rank_zero
 from soundstage.models.twin import TwinConfig
 from soundstage.models.unified_dit import UnifiedDiTConfig
 from soundstage.models.wan import WanConfig
@@ -191,7 +191,7 @@ import sys, torch
 from dataclasses import replace
 from soundstage.core.av import AV
 from soundstage.core.conditions import Conditions
-from soundstage.inference.parallel import context_parallel, init_from_env, leave, only_rank_zero
+from soundstage.core.parallel import context_parallel, init_from_env, leave, only_rank_zero
 from soundstage.models.wan import WanConfig
 
 torch.set_num_threads(1)

@@ -28,7 +28,7 @@ PATIENCE = timedelta(hours=2)  # that a process waits for the first to decode an
 def init_from_env(device: str | torch.device | None = None) -> tuple[Group, int, torch.device]:
     """(group, rank, device) as torchrun's environment says; (None, 0, device) without it or for one process.
 
-    device: "cpu" or "cuda"; default CUDA where there is a device. Joins over nccl on CUDA, over gloo on a CPU.
+    device: "cpu" or "cuda"; default CUDA where there is a device. Joins over gloo, for what is on CUDA over nccl.
     Raises ConfigError for part of an environment or more processes than devices.
     """
     cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
@@ -46,7 +46,11 @@ def init_from_env(device: str | torch.device | None = None) -> tuple[Group, int,
         torch.cuda.set_device(here)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
-            "nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=PATIENCE, device_id=here if cuda else None
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            rank=rank,
+            world_size=size,
+            timeout=PATIENCE,
+            device_id=here if cuda else None,
         )
     return torch.distributed.group.WORLD, rank, here
 

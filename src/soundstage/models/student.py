@@ -1,0 +1,85 @@
+"""What a distilled model says of itself beside its weights: NAME.sampling.json next to NAME.safetensors.
+
+The weights of a student of Ovi or Wan lie in the published format, so nothing in them says that it wants four calls and
+no guidance. This file does; the loaders read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from soundstage.core.av import AV
+from soundstage.core.conditions import Conditions
+from soundstage.core.denoiser import Denoiser
+from soundstage.core.errors import WeightsError
+from soundstage.core.system import Sampling
+from soundstage.models.system import CONVENTIONS, sampling_from, sampling_to
+
+
+@dataclass(frozen=True)
+class Student:
+    """A distilled model. sampling: how it is sampled. flow_map: it is asked for the jump from t to clean data, r = 0.
+
+    base: {"name", "sha256"} of its teacher, by models.weights.fingerprint.
+    """
+
+    name: str
+    sampling: Sampling
+    flow_map: bool = False
+    base: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ToClean:
+    """A flow map as a few-step student: its velocity is the mean one from t down to clean data."""
+
+    denoiser: Denoiser
+
+    def __call__(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:
+        return self.denoiser(x_t, t, cond, r=t * 0.0 if r is None else r)
+
+
+def beside(weights: Path) -> Path:
+    """Where the description of a weight file (or of an index of shards) lies."""
+    return weights.with_name(f"{weights.name.partition('.')[0]}.sampling.json")
+
+
+def write_student(weights: Path, student: Student) -> Path:
+    """Describe the student whose weights are at that path; returns the file."""
+    told = {
+        "name": student.name,
+        "sampling": sampling_to(student.sampling),
+        "flow_map": student.flow_map,
+        "conventions": CONVENTIONS,
+    }
+    if student.base is not None:
+        told["base"] = dict(student.base)
+    path = beside(weights)
+    path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_student(weights: Path) -> Student | None:
+    """The student whose weights are at that path; None where nothing says that they are one's.
+
+    Raises WeightsError for a description that cannot be read.
+    """
+    path = beside(weights)
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told["conventions"] != CONVENTIONS:
+            raise WeightsError(f"{path}: was written under other conventions; update soundstage")
+        return Student(told["name"], sampling_from(told["sampling"]), bool(told["flow_map"]), told.get("base"))
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(
+            f"{path}: does not describe a student ({type(error).__name__}: {error}); export it again"
+        ) from error

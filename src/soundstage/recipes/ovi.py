@@ -1,0 +1,95 @@
+"""Recipes that make Ovi few-step students: picture and sound together, from prompts alone.
+
+soundstage train soundstage.recipes.ovi:dmd4 folder=weights/ovi prompts=prompts.txt
+soundstage train soundstage.recipes.ovi:dmd4_shared folder=weights/ovi prompts=prompts.txt
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from soundstage.core.av import AV
+from soundstage.core.system import Sampling
+from soundstage.data.prompts import Prompts
+from soundstage.models.ovi import OVI_NEGATIVE
+from soundstage.objectives.dmd import DMD, Guidance, score_times
+from soundstage.objectives.rollout import Rollout, warped
+from soundstage.recipes.published import Backbone, Negative, Texts, export_student, shape_of, shared
+from soundstage.training.config import Optim, Role, TrainConfig
+from soundstage.training.parallel import Parallel
+
+MODEL = "ovi-720x720-5s"
+SHIFT = AV(5.0, 5.0)
+GUIDANCE = AV(4.0, 3.0)  # Ovi's own, cond + (scale - 1) (cond - negative)
+STEPS = 4
+AUDIO = r"(^|\.)audio\."
+"""Names of the audio tower's parameters, whole network or adapter."""
+TIMES = warped(STEPS, SHIFT["video"])
+SAMPLING = Sampling(
+    "renoise", STEPS, SHIFT, times=TIMES.map(lambda levels: (*levels, 0.0)), baked=GUIDANCE, tasks=("t2av",)
+)
+"""How the students are sampled: four calls at 1, 0.9375, 0.8333, 0.625, no guidance."""
+
+
+def _moving(lr: float) -> Optim:
+    """Adam as published runs of DMD have it: no first moment, norm of 10. Audio learns more slowly: three times lr."""
+    return Optim(lr=lr, betas=(0.0, 0.999), weight_decay=0.01, clip=10.0, scale={AUDIO: 3.0})
+
+
+def dmd4(folder: str = "weights/ovi", prompts: str = "prompts.txt", model: str = MODEL) -> TrainConfig:
+    """DMD2 of whole copies: student, fake score and frozen teacher of 11.66 B parameters each.
+
+    torchrun --nnodes 2 --nproc-per-node 8 -m soundstage train soundstage.recipes.ovi:dmd4 folder=weights/ovi
+    soundstage train soundstage.recipes.ovi:dmd4 --dry-run      what it takes on 8, 16 and 64 GPUs
+
+    Hardware: 16 GPUs of 80 GB or more (--dry-run: 41 GiB each beside the allocator's and NCCL's own; 64 GiB on 8).
+    Work: 126 PFLOP per step, 505 EFLOP in all. Time and number reached: not yet run.
+
+    folder: Ovi's files (`soundstage models fetch ovi DIR`). prompts: .txt, one a line, or .jsonl; each as the model
+    wants it, with <S>speech<E> and its sound described. Set accumulate to 64 / GPUs.
+    """
+    texts = Texts(model, folder, also=(OVI_NEGATIVE["video"], OVI_NEGATIVE["audio"]))
+    student = Backbone(model, folder)
+    objective = DMD(
+        Rollout(TIMES),
+        Guidance(GUIDANCE, Negative(OVI_NEGATIVE, texts)),
+        score_times(SHIFT),
+        {"t2av": 1.0},
+        ratio=5,
+    )
+    return TrainConfig(
+        name="ovi-dmd4",
+        model=student,
+        objective=objective,
+        data=Prompts(prompts, texts, shape_of(model)),
+        # Self-Forcing's and Hallo-Live's rates; runs of Wan2.2 5B stop at 4000 steps of 64
+        steps=4000,
+        batch_size=64,
+        optim=_moving(2e-6),
+        roles={"teacher": Role(Backbone(model, folder, "bf16")), "fake_score": Role(student, _moving(4e-7))},
+        precision="bf16",
+        parallel=Parallel(checkpointing=True),
+        ema=0.99,
+        save_every=200,
+    )
+
+
+def dmd4_shared(folder: str = "weights/ovi", prompts: str = "prompts.txt", model: str = MODEL) -> TrainConfig:
+    """The same on one frozen base: student and fake score are adapters of 3.2 % and 1.6 % of its size.
+
+    torchrun --nproc-per-node 8 -m soundstage train soundstage.recipes.ovi:dmd4_shared folder=weights/ovi accumulate=8
+
+    Hardware: 8 GPUs of 40 GB or more (--dry-run: 24 GiB each beside the allocator's and NCCL's own). Work: as dmd4.
+    Time and number reached: not yet run.
+    """
+    # LightX2V's rates of adapters for joint audio-video DMD
+    config = shared(dmd4(folder, prompts, model), optim=_moving(1e-4))
+    critic = config.roles["fake_score"]
+    roles = {**config.roles, "fake_score": Role(critic.model, _moving(2e-5))}
+    return replace(config, roles=roles)
+
+
+def pack(run: str | Path, folder: str | Path, recipe: TrainConfig | None = None, sampling: Sampling = SAMPLING) -> Path:
+    """Write the averaged student of a run as Ovi is published; `generate --model ovi --weights FOLDER` runs it."""
+    return export_student(dmd4() if recipe is None else recipe, run, folder, sampling)
