@@ -1,4 +1,4 @@
-# make demo, make test, make check, make trials: each makes .venv when it is missing or out of date. Needs Python 3.11+ and make.
+# make demo, make test, make slow, make check, make trials: each makes .venv when it is missing or out of date. Needs Python 3.11+ and make.
 #   PYTHON=<command>        another interpreter than the first of these that is Python 3.11 or newer
 #   TORCH_INDEX=<address>   an extra package index to take torch from, such as PyTorch's own index of CPU builds
 NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit(1)
@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: install demo test check trials picture
+.PHONY: install demo test slow check trials picture
 install: $(STAMP)
 
 # torch goes first and alone, so that the build chosen here is the one every later package is resolved against.
@@ -27,8 +27,15 @@ demo: $(STAMP)
 picture: demo
 	cp outputs/ball.png docs/images/ball.png
 
+# One thread a process, one process a core; a file's tests stay together.
+PYTEST := $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(STAMP)
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(PYTEST)
+
+# What takes longer: sharded runs of four processes, compilers, kills, benchmarks.
+slow: $(STAMP)
+	$(PYTEST) -m "slow and not gpu and not weights"
 
 # Students and deliberate defects of every distillation method, about half an hour on one core.
 trials: $(STAMP)
@@ -38,4 +45,4 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(PYTEST)

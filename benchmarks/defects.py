@@ -1,7 +1,7 @@
 """Students trained on exact mixtures, and the same trainings with one mistake each: do the gates tell them apart?
 
     python benchmarks/defects.py                 # trains what the file of results lacks, then prints the table
-    python benchmarks/defects.py --only dmd      # names that begin like this
+    python benchmarks/defects.py --only dmd      # names that begin like this; "joint" are the pairs
     python benchmarks/defects.py --table         # only the table
 
 A score is a sliced 2-Wasserstein distance with one call and with four. About half a minute of processor time each; what
@@ -60,9 +60,56 @@ def command(
         found["rows"].append(row)
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         typer.echo(f"  {kind} {name}, seed {seed}: {got}", err=True)
+    if not show and "joint".startswith(only):
+        _joint(found, out)
     typer.echo(table(found["rows"], COLUMNS))
-    if not all(row["as_it_should"] for row in found["rows"]):
+    typer.echo("\n" + table(found.get("joint", []), PAIRS))
+    if not all(row["as_it_should"] for row in (*found["rows"], *found.get("joint", []))):
         raise typer.Exit(1)
+
+
+def _joint(found: dict[str, Any], out: Path) -> None:
+    """Two rings whose blobs are paired: students of joint scores, and of scores that cannot see the pairs."""
+    rows = found.setdefault("joint", [])
+    done = {(row["name"], row["seed"]) for row in rows}
+    for name, trial in COUPLINGS.items():
+        for seed in (1, 2):
+            if (name, seed) in done:
+                continue
+            got = defects_dmd.couple(trial, seed)
+            row: dict[str, Any] = {"name": name, "seed": seed, "agreement": round(got.agreement, 4)}
+            row |= {m: round(x, 4) for m, x in got.distance.items()} | {"seconds": round(got.seconds, 1)}
+            beside = [other["audio"] for other in rows if other["name"] == PAIRED and other["seed"] == seed]
+            row["as_it_should"] = {
+                JOINT: got.agreement >= 0.7,
+                APART: got.agreement <= 0.2,
+                PAIRED: got.agreement >= 0.7,
+                UNHEARD: bool(beside) and row["audio"] >= 1.5 * beside[0],
+            }[name]
+            rows.append(row)
+            out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            typer.echo(f"  {name}, seed {seed}: {got}", err=True)
+
+
+JOINT, APART = "joint scores, from the product of marginals", "each modality scored by itself, from the same"
+PAIRED, UNHEARD = "joint scores, from the pairs", "the same, weight of dmd/audio 0"
+COUPLINGS = {
+    JOINT: defects_dmd.Coupling(),
+    APART: defects_dmd.Coupling(apart=True),
+    PAIRED: defects_dmd.Coupling(paired=True),
+    UNHEARD: defects_dmd.Coupling(paired=True, weights={"dmd/audio": 0.0}),
+}
+GATES = {JOINT: "agreement >= 0.7", APART: "agreement <= 0.2", PAIRED: "agreement >= 0.7", UNHEARD: "audio >= 1.5 x"}
+PAIRS = {
+    "scores": lambda row: row["name"],
+    "seed": lambda row: str(row["seed"]),
+    "agreement": lambda row: f"{row['agreement']:.2f}",
+    "video": lambda row: f"{row['video']:.3f}",
+    "audio": lambda row: f"{row['audio']:.3f}",
+    "gate": lambda row: GATES[row["name"]],
+    "verdict": lambda row: "as it should" if row["as_it_should"] else "NOT as it should",
+    "CPU s": lambda row: f"{row['seconds']:.0f}",
+}
 
 
 def _score(calls: int) -> Any:  # noqa: ANN401

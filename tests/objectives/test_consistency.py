@@ -13,6 +13,7 @@ from torch import Tensor
 
 from soundstage.core import AV, Conditions, ConfigError, Joint, LogitNormal, Rng, Uniform, noised
 from soundstage.core.denoiser import Denoiser
+from soundstage.core.flow import ToData
 from soundstage.objectives.base import Batch
 from soundstage.objectives.consistency import (
     Consistency,
@@ -23,7 +24,7 @@ from soundstage.objectives.consistency import (
     even,
     inverse_gap,
 )
-from soundstage.objectives.flow_map import Derivative, Grid, Scene, ToData, euler_step, heun_step
+from soundstage.objectives.flow_map import Derivative, Grid, Scene, euler_step, heun_step
 from soundstage.testing.defects_flow import TRIALS, measure
 from soundstage.testing.flow_maps import GaussianMap
 from soundstage.testing.tiny import GaussianLatents, ToyConfig

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from soundstage.core import AV, Conditions, ConfigError, Guided, Rng, euler, heun, linear, shifted
 from soundstage.core.attention import Attend
+from soundstage.core.flow import ToData
 from soundstage.core.times import Joint, LogitNormal, Uniform
 from soundstage.models.text.bytes import ByteTextConfig, tokenize
 from soundstage.models.twin import TwinConfig
@@ -27,7 +28,6 @@ from soundstage.objectives.flow_map import (
     Narrowing,
     Scene,
     Sorted,
-    ToData,
     along,
     euler_step,
     heun_step,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from soundstage.core import AV, Conditions, ConfigError, Joint, Rng, Uniform, explicit, renoise, shift
+from soundstage.core.flow import ToData
 from soundstage.objectives.base import Batch
 from soundstage.objectives.consistency import Consistency, ContinuousConsistency
 from soundstage.objectives.dmd import DMD, Guidance
-from soundstage.objectives.flow_map import ToData
 from soundstage.objectives.mean_flow import MeanFlow
 from soundstage.objectives.rcm import RCM, Wandering
 from soundstage.objectives.rollout import Given

@@ -118,6 +118,17 @@ def test_less_variety_than_the_teacher() -> None:
     assert reason is not None and "0.7 of the teacher's audio samples have a student's near" in reason
 
 
+def test_sound_that_no_longer_fits_the_picture() -> None:
+    def rows(*values: float) -> list[dict[str, Any]]:
+        return history({"validate/sync": value, "validate/teacher/sync": 0.8} for value in values)
+
+    assert Health()(rows(0.5, 0.3, 0.5)) is None
+    reason = Health()(rows(0.5, 0.3, 0.3))
+    assert reason is not None and "sync of the samples is 0.3, the teacher's 0.8 (health.sync=0.5)" in reason
+    assert Health(sync=None)(rows(0.5, 0.3, 0.3)) is None
+    assert Health()(series("validate/sync", 0.0, 0.0, 0.0)) is None  # nothing to hold it against
+
+
 def test_bounds_are_settings(make: Callable[..., TrainConfig]) -> None:
     config = override(make(), ["health.critic=2", "health.loudness=none", "health.patience=4"])
     assert config.health == Health(critic=2.0, loudness=None, patience=4)

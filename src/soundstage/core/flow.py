@@ -5,9 +5,13 @@ All take and return AV; t is per modality, per sample (B,) or per latent step (B
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from soundstage.core.av import AV
+from soundstage.core.conditions import Conditions
+from soundstage.core.denoiser import Denoiser
 
 
 def noised(x0: AV[Tensor], noise: AV[Tensor], t: AV[Tensor]) -> AV[Tensor]:
@@ -33,3 +37,16 @@ def to_noise(x_t: AV[Tensor], v: AV[Tensor], t: AV[Tensor]) -> AV[Tensor]:
 def from_x0(x_t: AV[Tensor], x0: AV[Tensor], t: AV[Tensor], floor: float = 1e-6) -> AV[Tensor]:
     """v = (x_t - x0) / t, with t held above `floor`."""
     return (x_t - x0) / t.map(lambda s: s.clamp_min(floor))
+
+
+@dataclass(frozen=True, eq=False)
+class ToData:
+    """A flow map used as a few-step student: its velocity is the mean velocity from t down to clean data.
+
+    So `renoise` samples it, and objectives that jump to x0 train it.
+    """
+
+    denoiser: Denoiser
+
+    def __call__(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:
+        return self.denoiser(x_t, t, cond, r=t * 0.0 if r is None else r)

@@ -37,7 +37,8 @@ class Sampling:
     times: of a few-step student, per modality that it generates, the descending list of levels that it was trained at
     and then 0, in place of steps and shift; any_steps: it was trained at all levels, and other numbers of steps take
     steps and shift. baked: guidance scales that were built into its weights (the convention is that of core.guidance);
-    guidance is then 1, or it would act twice. tasks: names of those it was distilled for; None = all.
+    guidance is then 1, or it would act twice. flow_map: the network is told two times, and asked for the mean velocity
+    down to clean data (core.flow.ToData). tasks: names of those it was distilled for; None = all.
     start: first level of the grid, before the shift (Wan and Ovi: 0.999). negative: what guidance leads away from, in
     words, per modality. skip_layer: the block left out of the negative prediction; None leaves out none.
     """
@@ -51,6 +52,7 @@ class Sampling:
     negative: AV[str] = field(default_factory=lambda: AV("", ""))
     skip_layer: int | None = None
     any_steps: bool = False
+    flow_map: bool = False
     baked: AV[float] | None = None
     tasks: tuple[str, ...] | None = None
 

@@ -17,6 +17,7 @@ from soundstage.core.av import AV, collate
 from soundstage.core.conditions import Conditions
 from soundstage.core.denoiser import Denoiser, Tileable
 from soundstage.core.errors import Caution, RequestError
+from soundstage.core.flow import ToData
 from soundstage.core.guidance import Guided
 from soundstage.core.known import Known
 from soundstage.core.parallel import Group, context_parallel
@@ -237,6 +238,8 @@ class Generator:
 
     def _denoiser(self, steps: Plan, sampling: Sampling, texts: _Texts, size: int) -> tuple[Denoiser, Known | None]:
         denoiser = self.system.denoiser
+        if sampling.flow_map:
+            denoiser = ToData(denoiser)
         scale = sampling.guidance.only(*steps.x.modalities)
         if any(value != 1 for value in scale.values()):
             denoiser = Guided(

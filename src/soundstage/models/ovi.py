@@ -27,7 +27,7 @@ from soundstage.models.codecs.wan_vae import WanVAE, WanVAEConfig
 from soundstage.models.codecs.wan_vae_memory import fit_tile
 from soundstage.models.ovi_forms import RECOMMENDED, VARIANTS, Sizes, Variant, check_prompt, snap
 from soundstage.models.published import IMAGE, PICTURE, SOUND, TEXT, TOKENIZER, VOCODER, Found
-from soundstage.models.student import Student, ToClean, read_student
+from soundstage.models.student import Student, read_student
 from soundstage.models.text.umt5 import UMT5Config, UMT5Text
 from soundstage.models.twin import TwinConfig
 from soundstage.models.vision import ClipVision, image_control, image_then_gray
@@ -156,9 +156,8 @@ def _student(system: System, student: Student | None, backbone: Denoiser) -> Sys
     """The system with a student's way of sampling; a student knows fractions of thousandths, as it was trained."""
     if student is None:
         return system
-    denoiser = ToClean(backbone) if student.flow_map else backbone
     info = {**system.info, "student": student.name, "base": student.base}
-    return replace(system, name=student.name, denoiser=denoiser, sampling=student.sampling, skipping=None, info=info)
+    return replace(system, name=student.name, denoiser=backbone, sampling=student.sampling, skipping=None, info=info)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from soundstage.core.av import AV
-from soundstage.core.conditions import Conditions
-from soundstage.core.denoiser import Denoiser
 from soundstage.core.errors import WeightsError
 from soundstage.core.system import Sampling
 from soundstage.models.system import CONVENTIONS, sampling_from, sampling_to
@@ -23,25 +18,14 @@ from soundstage.models.system import CONVENTIONS, sampling_from, sampling_to
 
 @dataclass(frozen=True)
 class Student:
-    """A distilled model. sampling: how it is sampled. flow_map: it is asked for the jump from t to clean data, r = 0.
+    """A distilled model. sampling: how it is sampled.
 
     base: {"name", "sha256"} of its teacher, by models.weights.fingerprint.
     """
 
     name: str
     sampling: Sampling
-    flow_map: bool = False
     base: Mapping[str, str] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class ToClean:
-    """A flow map as a few-step student: its velocity is the mean one from t down to clean data."""
-
-    denoiser: Denoiser
-
-    def __call__(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:
-        return self.denoiser(x_t, t, cond, r=t * 0.0 if r is None else r)
 
 
 def beside(weights: Path) -> Path:
@@ -54,7 +38,6 @@ def write_student(weights: Path, student: Student) -> Path:
     told = {
         "name": student.name,
         "sampling": sampling_to(student.sampling),
-        "flow_map": student.flow_map,
         "conventions": CONVENTIONS,
     }
     if student.base is not None:
@@ -76,7 +59,7 @@ def read_student(weights: Path) -> Student | None:
         told = json.loads(path.read_text(encoding="utf-8"))
         if told["conventions"] != CONVENTIONS:
             raise WeightsError(f"{path}: was written under other conventions; update soundstage")
-        return Student(told["name"], sampling_from(told["sampling"]), bool(told["flow_map"]), told.get("base"))
+        return Student(told["name"], sampling_from(told["sampling"]), told.get("base"))
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, WeightsError):
             raise

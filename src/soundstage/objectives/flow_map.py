@@ -116,19 +116,6 @@ def play(nets: Nets, role: str) -> Denoiser:
     return nets[role]
 
 
-@dataclass(frozen=True, eq=False)
-class ToData:
-    """A flow map used as a few-step student: its velocity is the mean velocity from t down to clean data.
-
-    So `renoise` samples it, and objectives that jump to x0 train it.
-    """
-
-    denoiser: Denoiser
-
-    def __call__(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:
-        return self.denoiser(x_t, t, cond, r=t.map(torch.zeros_like) if r is None else r)
-
-
 # Laws of pairs t >= r
 
 

@@ -9,12 +9,13 @@ import torch
 from soundstage.core.av import AV
 from soundstage.core.denoiser import Denoiser, Losses
 from soundstage.core.errors import ConfigError
+from soundstage.core.flow import ToData
 from soundstage.core.rng import Rng
 from soundstage.core.schedule import shift
 from soundstage.objectives.base import Batch, Nets, Objective
 from soundstage.objectives.consistency import ContinuousConsistency
 from soundstage.objectives.dmd import DMD
-from soundstage.objectives.flow_map import ToData, play
+from soundstage.objectives.flow_map import play
 from soundstage.objectives.rollout import Given, Rollout, Simulated
 
 

@@ -15,6 +15,7 @@ from soundstage.data.prompts import Prompts
 from soundstage.models.ovi import OVI_NEGATIVE
 from soundstage.objectives.dmd import DMD, Guidance, score_times
 from soundstage.objectives.rollout import Rollout, warped
+from soundstage.recipes.judging import Teacher, judged
 from soundstage.recipes.published import Backbone, Negative, Texts, export_student, shape_of, shared
 from soundstage.training.config import Optim, Role, TrainConfig
 from soundstage.training.parallel import Parallel
@@ -51,9 +52,10 @@ def dmd4(folder: str = "weights/ovi", prompts: str = "prompts.txt", model: str =
     """
     texts = Texts(model, folder, also=(OVI_NEGATIVE["video"], OVI_NEGATIVE["audio"]))
     student = Backbone(model, folder)
+    guidance = Guidance(GUIDANCE, Negative(OVI_NEGATIVE, texts))
     objective = DMD(
         Rollout(TIMES),
-        Guidance(GUIDANCE, Negative(OVI_NEGATIVE, texts)),
+        guidance,
         score_times(SHIFT),
         {"t2av": 1.0},
         ratio=5,
@@ -72,6 +74,8 @@ def dmd4(folder: str = "weights/ovi", prompts: str = "prompts.txt", model: str =
         parallel=Parallel(checkpointing=True),
         ema=0.99,
         save_every=200,
+        validate=judged(model, folder, SAMPLING, Teacher(guidance, shift=SHIFT)),
+        validate_every=500,
     )
 
 

@@ -279,7 +279,8 @@ def export_student(
                 link.symlink_to(path)
     base = replace(backbone, dtype="bf16", two_times=False).build().state_dict()
     about = {"name": backbone.model, "sha256": fingerprint(base)}
-    write_student(file, Student(name or config.name, sampling, backbone.two_times, about))
+    sampling = replace(sampling, flow_map=backbone.two_times)
+    write_student(file, Student(name or config.name, sampling, about))
     return folder
 
 

@@ -1,8 +1,9 @@
-"""Recipes that make a four-step student of the shipped tiny model, each at the same number of model calls.
+"""Recipes that make a four-step student of the shipped tiny model, each with about the same processor time.
 
 soundstage train soundstage.recipes.world_distill:consistency4
 soundstage train soundstage.recipes.world_distill:dmd4
 soundstage train soundstage.recipes.world_distill:rcm4
+soundstage train soundstage.recipes.world_distill:mean_flow4
 """
 
 from __future__ import annotations
@@ -14,23 +15,27 @@ from typing import Any
 
 import torch
 
-from soundstage.core.av import AV
+from soundstage.core.av import AV, collate
 from soundstage.core.system import Sampling, System, load_system
 from soundstage.core.times import Joint, LogitNormal
 from soundstage.data.latents import Latents
+from soundstage.data.records import ClipShape, to_media
+from soundstage.evaluation.suite import stream_items
 from soundstage.inference.generator import Generator
 from soundstage.models.system import save_system
 from soundstage.models.text.bytes import tokenize
 from soundstage.models.weights import fingerprint
 from soundstage.objectives.consistency import Consistency, ContinuousConsistency
 from soundstage.objectives.dmd import DMD, Guidance, score_times
-from soundstage.objectives.flow_map import Grid
+from soundstage.objectives.flow_map import Grid, Sorted
+from soundstage.objectives.mean_flow import MeanFlow
 from soundstage.objectives.rcm import RCM, Wandering
 from soundstage.objectives.rollout import Rollout, warped
 from soundstage.recipes.world import MIXTURE, World, WorldCodec, scored
 from soundstage.training.checkpoint import load_weights
 from soundstage.training.config import Optim, Role, TrainConfig
 from soundstage.training.state import Validation
+from soundstage.training.vitals import Vitals
 
 TEACHER = "world-tiny"
 GUIDANCE = AV(3.0, 3.0)
@@ -72,9 +77,35 @@ def pack(run: str | Path, folder: str | Path, sampling: Sampling = SAMPLING) -> 
     return save_system(Path(folder), "tiny-4step", student.config, student, codec, sampling, base=base)
 
 
-def score(validation: Validation) -> dict[str, float]:
-    """`world.score` at four calls."""
-    return scored(Generator(student_system(validation.student)), validation.folder)
+@dataclass(frozen=True)
+class Scored:
+    """`world.score` of a student. sampling: how it is asked."""
+
+    sampling: Sampling = SAMPLING
+
+    def __call__(self, validation: Validation) -> dict[str, float]:
+        """The numbers of a run at a moment."""
+        return scored(Generator(student_system(validation.student, self.sampling)), validation.folder)
+
+
+@dataclass(frozen=True)
+class Filmed:
+    """Clips of four prompts with four seeds each. sampling: how the student is asked; None = by the teacher."""
+
+    sampling: Sampling | None = SAMPLING
+
+    def __call__(self, validation: Validation) -> AV[torch.Tensor]:
+        """Media: video (16, 3, F, H, W), audio (16, channels, samples)."""
+        teacher = self.sampling is None
+        system = load_system(TEACHER) if teacher else student_system(validation.student, self.sampling)
+        prompts = [item.caption for item in stream_items(4, seed=2, kinds=("bounce", "metronome", "drums", "engine"))]
+        made = Generator(system).generate(prompts, num=4)
+        return collate([to_media(one.clip, ClipShape()) for one in made])
+
+
+def judged(sampling: Sampling = SAMPLING) -> Vitals:
+    """What these recipes measure: the score, and vital signs beside the teacher's, by which a sick run is stopped."""
+    return Vitals(Filmed(sampling), Filmed(None), seeds=4, scores=Scored(sampling))
 
 
 def _run(name: str, objective: Any, **changes: Any) -> TrainConfig:  # noqa: ANN401
@@ -91,7 +122,7 @@ def _run(name: str, objective: Any, **changes: Any) -> TrainConfig:  # noqa: ANN
         roles={"teacher": Role(Shipped())},
         ema=0.995,
         save_every=50,
-        validate=score,
+        validate=judged(),
         validate_every=200,
     )
     return replace(config, **changes)
@@ -129,10 +160,11 @@ def dmd4() -> TrainConfig:
         Guidance(GUIDANCE),
         score_times(SHIFT),
         TASKS,
+        ratio=2,
         anchors=(_anchor(),),
     )
     optim = Optim(lr=2e-4, betas=(0.0, 0.99), weight_decay=0.0, warmup=50, schedule="wsd", decay=0.3)
-    return _run("dmd4", objective, roles=_critic(), optim=optim, weights={"cd/video": 0.3, "cd/audio": 0.3})
+    return _run("dmd4", objective, roles=_critic(), optim=optim, weights={"cd/video": 3.0, "cd/audio": 3.0}, steps=480)
 
 
 def rcm4() -> TrainConfig:
@@ -144,5 +176,25 @@ def rcm4() -> TrainConfig:
     """
     times = Joint(AV(LogitNormal(0.2, 1.2), LogitNormal(0.2, 1.2)))
     consistency = ContinuousConsistency(times, guidance=Guidance(GUIDANCE), tasks=TASKS)
-    objective = RCM(consistency, DMD(Wandering(STEPS, SHIFT), Guidance(GUIDANCE), score_times(SHIFT), TASKS))
-    return _run("rcm4", objective, roles=_critic())
+    matching = DMD(Wandering(STEPS, SHIFT), Guidance(GUIDANCE), score_times(SHIFT), TASKS, ratio=2)
+    return _run("rcm4", RCM(consistency, matching), roles=_critic(), steps=480)
+
+
+MAPPED = replace(SAMPLING, flow_map=True)
+"""How a flow map is sampled: the same four calls, each asked for the jump down to clean data."""
+
+
+def mean_flow4() -> TrainConfig:
+    """MeanFlow of the guided teacher's velocity: the student learns every jump, and is sampled as the others.
+
+    soundstage train soundstage.recipes.world_distill:mean_flow4
+
+    Not yet run whole.
+    """
+    law = LogitNormal(0.6, 1.4)
+    objective = MeanFlow(Sorted(Joint(AV(law, law)), equal=0.25), guidance=Guidance(GUIDANCE), tasks=TASKS)
+    return _run("mean_flow4", objective, validate=judged(MAPPED))
+
+
+SAMPLINGS = {"consistency4": SAMPLING, "dmd4": SAMPLING, "rcm4": SAMPLING, "mean_flow4": MAPPED}
+"""How the student of each recipe is asked: what `pack` needs."""

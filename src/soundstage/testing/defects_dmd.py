@@ -199,7 +199,7 @@ DEFECTS: Mapping[str, Defect] = {
     "dmd: towards data": Defect("dmd", _as(_ToData)),
     "dmd: student asked at other levels": Defect("dmd", _as(DMD, rollout=Rollout(AV((0.4, 0.3, 0.2, 0.1))))),
 }
-"""Every one must miss its trial's gates by a factor of two."""
+"""Every one must miss a gate of its trial by a quarter (`Measured.caught`)."""
 
 UNSEEN: Mapping[str, DMD] = {
     "dmd: noise of their own": _as(_OtherNoise),

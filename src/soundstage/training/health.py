@@ -29,8 +29,10 @@ class Health:
     brightness, saturation (of 1), loudness (dB): how far validate/... may drift from validate/teacher/..., or from the
         first validation where there is no teacher's.
     diversity: validate/diversity/M is at least this part of validate/teacher/diversity/M.
+    sync: validate/sync is at least this part of validate/teacher/sync: scores of one modality cannot see a picture and
+        a sound that belong to different clips.
     coverage: validate/coverage/M, the share of the teacher's samples that have one of the student's near, is at least
-        this: a lost mode lowers it by its share. `vitals.Vitals` measures all of the last five.
+        this: a lost mode lowers it by its share. `vitals.Vitals` measures all of the last six.
     window: logged entries of which the mean is judged. patience: validations in a row that must fail. after: the step
         up to which nothing is judged.
     """
@@ -42,6 +44,7 @@ class Health:
     saturation: float | None = 0.15
     loudness: float | None = 10.0
     diversity: float | None = 0.5
+    sync: float | None = 0.5
     coverage: float | None = 0.5
     window: int = 5
     patience: int = 2
@@ -152,12 +155,29 @@ def mode_drop(health: Health, history: Sequence[Entry]) -> Iterator[str]:
                 yield _reason(what, "coverage", health.coverage, remedy)
 
 
+def out_of_step(health: Health, history: Sequence[Entry]) -> Iterator[str]:
+    """Sound and picture of the samples do not belong together as the teacher's do."""
+    values = _values(history, "validate/sync", health.after)
+    teacher = _values(history, "validate/teacher/sync")
+    if health.sync is None or not teacher:
+        return
+    least = health.sync * teacher[-1]
+    if _lasting(health, values, lambda value: value < least):
+        yield _reason(
+            f"sync of the samples is {values[-1]:.3g}, the teacher's {teacher[-1]:.3g}",
+            "sync",
+            health.sync,
+            "Score both modalities together, raise the weight of audio, or add an anchor to the objective",
+        )
+
+
 RULES: tuple[Callable[[Health, Sequence[Entry]], Iterator[str]], ...] = (
     critic_gap,
     gradient_norm,
     exit_collapse,
     sample_drift,
     mode_drop,
+    out_of_step,
 )
 
 

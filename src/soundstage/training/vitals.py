@@ -1,4 +1,4 @@
-"""Vital signs of samples, for validation: brightness, saturation, loudness, and how much of the teacher's variety."""
+"""Vital signs of samples, for validation: brightness, saturation, loudness, sync, and the teacher's variety."""
 
 from __future__ import annotations
 
@@ -71,9 +71,11 @@ class Vitals:
 
     student, teacher: make media (or latents) of the same prompts and seeds, the teacher's once per process. seeds: how
     many samples in a row share a prompt, None = all. features: what distances are taken of, per modality (B, ...);
-    None = the media themselves. scores: a validation function whose numbers are added.
+    None = the media themselves. sync: how well sound and picture of media fit, more is better: what each modality by
+    itself cannot show. scores: a validation function whose numbers are added.
 
-    Logged: brightness, saturation, loudness, diversity/M; with a teacher the same under teacher/..., and coverage/M.
+    Logged: brightness, saturation, loudness, sync, diversity/M; with a teacher the same under teacher/..., and
+    coverage/M.
     """
 
     student: Samples
@@ -81,6 +83,7 @@ class Vitals:
     seeds: int | None = None
     features: Callable[[AV[Tensor]], AV[Tensor]] | None = None
     neighbours: int = 5
+    sync: Callable[[AV[Tensor]], float] | None = None
     scores: Callable[[Validation], Mapping[str, float]] | None = None
     _kept: _Kept = field(default_factory=lambda: _Kept(), init=False, repr=False, compare=False)
 
@@ -103,7 +106,8 @@ class Vitals:
         """Numbers and features of samples."""
         features = media if self.features is None else self.features(media)
         spread = {f"diversity/{name}": diversity(x, self.seeds) for name, x in features.items() if len(x) > 1}
-        return look(media) | spread, features.map(lambda x: x.detach().cpu())
+        fits = {} if self.sync is None else {"sync": self.sync(media)}
+        return look(media) | fits | spread, features.map(lambda x: x.detach().cpu())
 
 
 class _Kept:
