@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/soundstage generate "a small red metal ball bounces three times" -o outputs/ball.mp4 --sheet
+	$(BIN)/soundstage generate "a small red metal ball bounces three times" --model tiny-4step -o outputs/ball.mp4 --sheet
 
 # The picture of the README.
 picture: demo

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ from torch import Tensor, nn
 
 from soundstage.core import AV, Conditions
 from soundstage.core.attention import Attend, Tokens
+from soundstage.core.causal import Cache, Chunking, cut
+from soundstage.core.denoiser import StreamGeometry
 from soundstage.models.twin import TwinConfig
 from soundstage.models.wan import WanConfig
 
 VIDEO = WanConfig(32, 56, 2, 2, in_channels=6, out_channels=6, frequencies=32, text_width=24, text_length=12)
 TWIN = TwinConfig(VIDEO, replace(VIDEO, in_channels=5, out_channels=5, patch=(1,)))
 IMAGE = replace(VIDEO, in_channels=10, image_width=20)
+CLOCKS = AV(
+    StreamGeometry(Fraction(8), 4, channels=6, causal_first=True), StreamGeometry(Fraction(1600), 400, channels=5)
+)
+CAUSAL = TWIN.as_causal(Chunking(Fraction(1)), CLOCKS)
 WORLD = 2
 
 
@@ -86,12 +93,23 @@ def tokenwise(net: Any) -> list[Tensor]:  # noqa: ANN401
     return list(net.run(x, t, cond, per_token=True).values())
 
 
+def in_chunks(net: Any) -> list[Tensor]:  # noqa: ANN401
+    """Of 9 and 6 tokens of video, 4 and 3 of audio: the clip in one call, then chunk by chunk."""
+    x, t, cond = dense(5, 3, 7)
+    out, cache = [*net(x, t, cond).values()], Cache()
+    for chunk in net.chunks(AV(5, 7)):
+        v, cache = net.extend(cache, cut(x, chunk), cut(t, chunk), cond)
+        out += v.values()
+    return out
+
+
 CALLS: dict[str, tuple[WanConfig | TwinConfig, Callable[[Any], list[Tensor]]]] = {
     "wan": (IMAGE, wan),
     "even": (TWIN, even),
     "odd": (TWIN, odd),
     "ragged": (TWIN, ragged),
     "tokenwise": (TWIN, tokenwise),
+    "in chunks": (CAUSAL, in_chunks),
 }
 
 

@@ -17,6 +17,7 @@ from soundstage.objectives.dmd import DMD, Guidance
 from soundstage.objectives.flow_matching import FlowMatching
 from soundstage.objectives.mean_flow import MeanFlow
 from soundstage.objectives.rollout import Rollout
+from soundstage.objectives.self_forcing import SelfForcing
 from soundstage.recipes import ovi
 from soundstage.recipes.published import shared
 from soundstage.testing.tiny import GaussianLatents
@@ -109,6 +110,10 @@ def test_calls_are_those_of_the_method(tmp_path: Path) -> None:
     assert found["teacher"].largest == 2
     # 1.5 rollouts a step: to the exit of 0 to 3 calls before, and the call itself where there is no gradient
     assert found["student"].plain == pytest.approx(1.5 * 1.5 + 1.0, rel=0.15)
+    chunks = count_calls(replace(config, objective=replace(config.objective, rollout=SelfForcing())), ("video",), 4)
+    # and each chunk but the last of 4 is remembered by a call of its own
+    assert chunks["student"].plain == pytest.approx(1.5 * (1.5 + 0.75) + 1.0, rel=0.15)
+    assert (chunks["student"].learning, chunks["teacher"].plain) == (0.5, 2 * 0.5)
     once = count_calls(replace(config, objective=DMD(Rollout(AV((1.0,), (1.0,))), ratio=1)), ("video",))
     assert (once["student"].plain, once["student"].learning) == (1.0, 1.0)
     plain = replace(config, objective=FlowMatching(), roles={})

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 
 from soundstage.core.av import AV
+from soundstage.core.causal import Chunking, is_causal
 from soundstage.core.conditions import Conditions
 from soundstage.core.errors import ConfigError, RequestError, WeightsError
 from soundstage.core.system import load_system
@@ -18,9 +20,9 @@ from soundstage.data.prompts import Prompts, read_prompts
 from soundstage.inference.generator import Generator
 from soundstage.models.student import beside, read_student
 from soundstage.recipes import ovi
-from soundstage.recipes.published import Backbone, Negative, Texts
+from soundstage.recipes.published import Backbone, Negative, Texts, shared
 from soundstage.testing.tiny import tiny
-from soundstage.training.config import TrainConfig
+from soundstage.training.config import Stage, TrainConfig
 from soundstage.training.engine import train
 from soundstage.training.metrics import read
 
@@ -29,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::soundstage.core.errors.Caution"),
     pytest.mark.usefixtures("here"),
 ]
-SHAPE = AV(video=(6, 2, 4, 4), audio=(5, 10))
+SHAPE = AV(video=(6, 3, 4, 4), audio=(5, 10))
 PROMPT = "drums rain <AUDCAP>drums<ENDAUDCAP>"
 
 
@@ -40,9 +42,14 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small(recipe: Callable[..., TrainConfig], folder: Path, prompts: Path, out: Path, steps: int) -> TrainConfig:
     config = recipe(str(folder), str(prompts))
-    data = replace(config.data, shape=SHAPE)
-    objective = replace(config.objective, ratio=1)
-    return tiny(replace(config, data=data, objective=objective), out, steps, save_every=1)
+    changes = {"data": replace(config.data, shape=SHAPE)}
+    if recipe is ovi.self_forcing:  # a step of each stage, in two chunks
+        forcing = config.stages[0].changes["objective"]
+        changes["stages"] = (Stage(1, {"objective": replace(forcing, ratio=1)}),)
+        changes["model"] = replace(config.model, causal=Chunking(Fraction(1, 4)))
+    else:
+        changes["objective"] = replace(config.objective, ratio=1)
+    return tiny(config, out, steps, save_every=1, **changes)
 
 
 def same_velocity(student: torch.nn.Module, folder: Path) -> None:
@@ -56,7 +63,7 @@ def same_velocity(student: torch.nn.Module, folder: Path) -> None:
         assert float((made - theirs[name]).norm() / made.norm()) < 2e-2
 
 
-@pytest.mark.parametrize("recipe", [ovi.dmd4, ovi.dmd4_shared], ids=["whole", "shared"])
+@pytest.mark.parametrize("recipe", [ovi.dmd4, ovi.dmd4_shared, ovi.self_forcing], ids=["whole", "shared", "causal"])
 def test_it_runs_resumes_exports_and_generates(
     recipe: Callable[..., TrainConfig], ovi_folder: Path, prompts: Path, tmp_path: Path
 ) -> None:
@@ -66,22 +73,30 @@ def test_it_runs_resumes_exports_and_generates(
     last = out / "checkpoints" / "step-00000002"
     last.rename(last.with_name(f"{last.name}.part"))  # killed before the last checkpoint was whole
     state = train(config, tensorboard=False)
-    assert [entry["step"] for entry in read(out) if "loss" in entry] == [1, 2]
+    logged = [entry for entry in read(out) if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
+    first_stage = [recipe is ovi.self_forcing, False]
+    assert [entry.keys() & {"dmd/video", "regression/video"} for entry in logged] == [
+        {"regression/video" if begins else "dmd/video"} for begins in first_stage
+    ]
     assert all(torch.equal(first[name], value) for name, value in state.student.state_dict().items())
 
     folder = ovi.pack(out, tmp_path / "student", config)
     assert sorted(path.name for path in folder.glob("model*")) == ["model.safetensors", "model.sampling.json"]
     same_velocity(state.student, folder)
     generator = Generator.load("ovi", "cpu", weights=folder)
-    assert (generator.system.name, generator.system.sampling.sampler) == (config.name, "renoise")
+    causal = recipe is ovi.self_forcing
+    sampler = "streamed" if causal else "renoise"
+    assert (generator.system.name, generator.system.sampling.sampler) == (config.name, sampler)
+    assert is_causal(generator.system.denoiser) == causal
     assert generator.system.info["base"]["name"] == "ovi-720x720-5s"
     with pytest.raises(RequestError, match="which has guidance of 4 for video, 3 for audio built in"):
         generator.generate(PROMPT, guidance=4)
     with pytest.raises(RequestError, match="distilled for t2av alone"):
         generator.generate(PROMPT, task="t2v")
-    if recipe is ovi.dmd4:
+    if recipe is not ovi.dmd4_shared:
         made = generator.generate(PROMPT, size=(32, 32))
-        assert made.record["steps"] == 4
+        assert (made.record["steps"], made.record["sampler"]) == (4, sampler)
         assert made.clip.frames.shape == (120, 32, 32, 3)
         assert made.clip.wave.shape == (1, 80000)
 
@@ -93,6 +108,18 @@ def test_the_teacher_stays_and_the_students_move(ovi_folder: Path, prompts: Path
     for role, moved in (("teacher", False), ("student", True), ("fake_score", True)):
         changed = [not torch.equal(first[name], value.float()) for name, value in nets[role].state_dict().items()]
         assert any(changed) == moved, role
+
+
+def test_a_causal_student_begins_as_its_teacher(ovi_folder: Path, prompts: Path) -> None:
+    config = ovi.self_forcing(str(ovi_folder), str(prompts), begin="7")
+    assert (config.stages[0].start, config.steps) == (7, 4007)
+    student, teacher = (model.build() for model in (config.model, config.roles["teacher"].model))
+    assert is_causal(student) and not is_causal(teacher)
+    assert student.config.geometry["audio"].rate / student.config.geometry["audio"].stride == Fraction(16000, 512)
+    theirs = teacher.state_dict()
+    assert all(torch.equal(value, theirs[name].float()) for name, value in student.state_dict().items())
+    with pytest.raises(ConfigError, match="as a causal student has none"):
+        shared(config)
 
 
 def test_audio_moves_three_times_as_fast_in_every_form() -> None:
@@ -132,7 +159,7 @@ def test_lists_of_prompts(tmp_path: Path) -> None:
     many.write_text("\n".join(map(str, range(5))))
     pool = Prompts(str(many), lambda _: Conditions(), SHAPE, seed=3).build()
     assert sorted(name for step in range(5) for name in pool.batch(step, 1).ids) == [f"prompt-{i}" for i in range(5)]
-    assert pool.batch(0, 2).x0["video"].shape == (2, 6, 2, 4, 4)
+    assert pool.batch(0, 2).x0["video"].shape == (2, 6, 3, 4, 4)
 
 
 def test_a_folder_without_weights_and_a_description_of_no_student(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from soundstage.inference.generator import Generated, Generator
 KINDS = ("bounce", "metronome", "drums")
 
 
-@pytest.fixture(scope="module")
-def made() -> list[tuple[Generated, dict[str, float]]]:
+@pytest.fixture(scope="module", params=["world-tiny", "tiny-4step"])
+def made(request: pytest.FixtureRequest) -> list[tuple[Generated, dict[str, float]]]:
     items = stream_items(12, seed=3, kinds=KINDS)
-    clips = Generator.load().generate([item.caption for item in items], seed=[item.index for item in items])
+    clips = Generator.load(request.param).generate(
+        [item.caption for item in items], seed=[item.index for item in items]
+    )
     oracle = Oracle()
     return [(clip, dict(oracle(clip.clip, item.wanted))) for clip, item in zip(clips, items, strict=True)]
 
@@ -25,8 +27,9 @@ def _mean(made: list[tuple[Generated, dict[str, float]]], key: str) -> float:
     return float(np.nanmean([scores.get(key, np.nan) for _, scores in made]))
 
 
-def test_the_folder_is_small() -> None:
-    assert sum(path.stat().st_size for path in model_folder().iterdir()) <= 12e6
+@pytest.mark.parametrize("model", ["world-tiny", "tiny-4step"])
+def test_the_folder_is_small(model: str) -> None:
+    assert sum(path.stat().st_size for path in model_folder(model).iterdir()) <= 12e6
 
 
 def test_what_was_asked_for_is_seen(made: list[tuple[Generated, dict[str, float]]]) -> None:

@@ -38,7 +38,7 @@ def command(
     seed: Annotated[int, typer.Option(help="The same seed gives the same clip.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default the model's.")] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="euler, heun, unipc, dpmpp_2m or renoise; default the model's.")
+        str | None, typer.Option(help="euler, heun, unipc, dpmpp_2m, renoise or streamed; default the model's.")
     ] = None,
     guidance: Annotated[
         str | None, typer.Option(help="How closely to follow the prompt: one scale, or VIDEO,AUDIO; 1 is none.")

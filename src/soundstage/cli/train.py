@@ -50,12 +50,11 @@ def command(
 
 
 def _show_plan(config: TrainConfig, as_json: bool) -> None:
-    from soundstage.recipes.published import shared
-    from soundstage.training.config import Shared
+    from soundstage.recipes.published import sharable, shared
     from soundstage.training.plan import plan
 
     found = plan(config)
-    if "memory" in found and {"teacher", "fake_score"} <= set(config.roles) and not isinstance(config.model, Shared):
+    if "memory" in found and "fake_score" in config.roles and sharable(config):
         found["memory_on_a_shared_base"] = plan(shared(config))["memory"]
     if as_json:
         typer.echo(json.dumps(found))
@@ -91,7 +90,7 @@ def _size(count: float) -> str:
 
 
 def _flops(found: Mapping[str, Any]) -> float:
-    return found["flops_per_step"] * found["config"]["steps"]
+    return found.get("flops", found["flops_per_step"] * found["config"]["steps"])
 
 
 def _show(value: Mapping[str, Any], prefix: str) -> None:

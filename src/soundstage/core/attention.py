@@ -22,6 +22,8 @@ from soundstage.core.errors import ConfigError, one_of
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(B, L, N, K), (B, S, N, K), (B, S, N, K) -> (B, L, N, K): softmax(q k / sqrt(K)) v over all keys."""
+Reads = Callable[[Kernel, Tensor, Tensor, Tensor], Tensor]
+"""Who reads whom, where not all read all: what a kernel is asked of whole queries, keys and values; as Kernel."""
 Lengths = tuple[int, ...] | None
 """Real tokens of each sample, as numbers so that no kernel waits for the device; None = all of them."""
 
@@ -112,27 +114,36 @@ class Attend(nn.Module):
         self.run, self.kernel = kernel(name), name
 
     def forward(
-        self, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, lengths: Lengths = None, *, shared: bool = False
+        self,
+        q_BLNK: Tensor,
+        k_BSNK: Tensor,
+        v_BSNK: Tensor,
+        lengths: Lengths = None,
+        *,
+        shared: bool = False,
+        reads: Reads | None = None,
     ) -> Tensor:
         """(B, L, N, K) in the type of v. lengths: real keys of each sample, over all processes; None = all.
 
         shared: keys and values are whole on every process (text) and are not exchanged; this process takes its heads.
+        reads: sees the real tokens of all processes, in samples of one size; None = all read all.
         """
         q, k, v = q_BLNK.to(v_BSNK.dtype), k_BSNK.to(v_BSNK.dtype), v_BSNK
         if self.group is None:
-            return self._run(q, k, v, lengths)
+            return self._run(q, k, v, lengths, reads)
         size, rank = torch.distributed.get_world_size(self.group), torch.distributed.get_rank(self.group)
         q = exchange(q, self.group, scatter=2, gather=1)
         if shared:
             k, v = (x.chunk(size, dim=2)[rank] for x in (k, v))
         else:
             k, v = (exchange(x, self.group, scatter=2, gather=1) for x in (k, v))
-        return exchange(self._run(q, k, v, lengths), self.group, scatter=1, gather=2)
+        return exchange(self._run(q, k, v, lengths, reads), self.group, scatter=1, gather=2)
 
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> Tensor:
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, reads: Reads | None) -> Tensor:
         if lengths is None or len(set(lengths)) == 1:
             real = k.shape[1] if lengths is None else lengths[0]
-            return self.run(q, k[:, :real], v[:, :real])
+            k, v = k[:, :real], v[:, :real]
+            return self.run(q, k, v) if reads is None else reads(self.run, q, k, v)
         parts = [self.run(q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n]) for i, n in enumerate(lengths)]
         return torch.cat(parts)
 

@@ -7,7 +7,7 @@ goes in and comes out, so that a causal denoiser is as pure as any other.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -22,9 +22,22 @@ from soundstage.core.denoiser import Denoiser, StreamGeometry
 from soundstage.core.errors import ConfigError
 from soundstage.core.known import Known
 from soundstage.core.rng import Rng
-from soundstage.core.sampling import OnStep, Sampler, renoise
+from soundstage.core.sampling import SAMPLERS, OnStep, Sampler, renoise
 
-__all__ = ["After", "Cache", "Causal", "causal", "chunked", "cut", "stream", "streamed", "told"]
+__all__ = [
+    "WAYS",
+    "After",
+    "Cache",
+    "Causal",
+    "Chunking",
+    "causal",
+    "chunked",
+    "cut",
+    "is_causal",
+    "stream",
+    "streamed",
+    "told",
+]
 
 
 class Cache(NamedTuple):
@@ -57,12 +70,42 @@ class Causal(Denoiser, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Chunking:
+    """seconds: of a chunk. window: chunks that each can look back on besides itself; None = all."""
+
+    seconds: Fraction = Fraction(1)
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 0:
+            raise ConfigError(f"window: {self.window} is below 0; None looks back on everything")
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Chunking:
+        """What `written` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        return cls(Fraction(told["seconds"]), told["window"])
+
+    def written(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"seconds": str(self.seconds), "window": self.window}
+
+    def chunks(self, geometry: AV[StreamGeometry], steps: AV[int]) -> tuple[AV[slice], ...]:
+        """The latent steps of each chunk of a clip of so many steps (`chunked`)."""
+        return chunked(geometry, steps, self.seconds)
+
+
+def is_causal(denoiser: object) -> bool:
+    """Whether a denoiser can go on from a cache."""
+    return callable(getattr(denoiser, "chunks", None)) and callable(getattr(denoiser, "extend", None))
+
+
 def causal(denoiser: Denoiser) -> Causal:
     """The denoiser as a causal one; raises ConfigError where it cannot go on from a cache."""
-    if not (callable(getattr(denoiser, "chunks", None)) and callable(getattr(denoiser, "extend", None))):
+    if not is_causal(denoiser):
         raise ConfigError(
             f"{type(denoiser).__name__} reads whole clips and cannot go on from a cache; build the student from a "
-            "causal configuration, such as models.causal.CausalDiTConfig"
+            "causal configuration, such as models.causal.CausalDiTConfig, and wrap nothing but Known around it"
         )
     return cast(Causal, denoiser)
 
@@ -125,6 +168,10 @@ def streamed(
 ) -> AV[Tensor]:
     """`stream` as a Sampler: the whole clip at its end. on_step sees each chunk's steps."""
     return cat(list(stream(denoiser, x, times, cond, rng=rng, on_step=on_step)), dim=2)
+
+
+WAYS: Mapping[str, Sampler] = {**SAMPLERS, "streamed": streamed}
+"""Samplers by name: those for every denoiser, and `streamed`, for causal ones."""
 
 
 def chunked(geometry: AV[StreamGeometry], steps: AV[int], seconds: Fraction) -> tuple[AV[slice], ...]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from soundstage.core.av import AV
+from soundstage.core.causal import Cache, Causal, causal
 from soundstage.core.conditions import Conditions
 from soundstage.core.denoiser import Codec, Denoiser
 from soundstage.core.errors import ConfigError, WeightsError, one_of
@@ -32,7 +33,7 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 class Sampling:
     """How a model likes to be sampled; every field can be overridden in a request.
 
-    sampler: a name in core.sampling.SAMPLERS. steps: number of steps.
+    sampler: a name in core.causal.WAYS. steps: number of steps.
     shift: time shift of the grid per modality (1 = linear). guidance: scale per modality (1 = none).
     times: of a few-step student, per modality that it generates, the descending list of levels that it was trained at
     and then 0, in place of steps and shift; any_steps: it was trained at all levels, and other numbers of steps take
@@ -106,6 +107,20 @@ class Deferred:
 
     def __call__(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:
         return self.get()(x_t, t, cond, r=r)
+
+
+class DeferredCausal(Deferred):
+    """A causal denoiser (core.causal) built when it is first called. chunks: as its own, known before."""
+
+    def __init__(self, build: Callable[[], Causal], chunks: Callable[[AV[int]], tuple[AV[slice], ...]]) -> None:
+        super().__init__(build)
+        self.chunks = chunks
+
+    def extend(
+        self, cache: Cache, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None
+    ) -> tuple[AV[Tensor], Cache]:
+        """The velocity of the next chunk, and the cache with it."""
+        return causal(self.get()).extend(cache, x_t, t, cond, r=r)
 
 
 @dataclass(frozen=True, eq=False)

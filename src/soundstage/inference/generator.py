@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from soundstage import __version__
 from soundstage.core.av import AV, collate
+from soundstage.core.causal import WAYS, causal
 from soundstage.core.conditions import Conditions
 from soundstage.core.denoiser import Denoiser, Tileable
 from soundstage.core.errors import Caution, RequestError
@@ -22,7 +24,6 @@ from soundstage.core.guidance import Guided
 from soundstage.core.known import Known
 from soundstage.core.parallel import Group, context_parallel
 from soundstage.core.rng import Rng
-from soundstage.core.sampling import SAMPLERS
 from soundstage.core.system import Sampling, System, load_system
 from soundstage.inference.accelerate import Switches, forget
 from soundstage.inference.fitting import Canvas, canvas
@@ -186,7 +187,7 @@ class Generator:
             if index % together == 0:
                 coming = [job.prompt for each in parts[index : index + together] for job in each]
                 texts = self._texts(coming, sampling)
-            done = _progress(on_step, sampling.steps, index, len(parts))
+            done = _progress(on_step, _steps(self.system, preset, to, sampling), index, len(parts))
             yield from self._batch(preset, to, part, texts, sampling, level, done)
 
     def _batch(
@@ -206,7 +207,7 @@ class Generator:
         steps = plan(noise, grids(task, sampling, latents, strength, present), latents, mask)
         denoiser, known = self._denoiser(steps, sampling, texts, len(jobs))
         cond = _told(texts.of([job.prompt for job in jobs]).only(*present), [job.given for job in jobs])
-        sample = SAMPLERS[sampling.sampler]
+        sample = WAYS[sampling.sampler]
         x0 = sample(denoiser, steps.x, steps.times, cond, rng=rng.fold("sampler"), on_step=on_step)
         x0 = x0 if known is None else known.keep(x0)
         for module in self._prepared:
@@ -341,10 +342,19 @@ def _stacked(given: Sequence[Given]) -> tuple[AV[Tensor], AV[Tensor]]:
 
 
 def _progress(on_step: OnStep | None, steps: int, part: int, parts: int) -> Callable[..., None] | None:
-    """The sampler's callback of one batch of several."""
+    """The sampler's callback of one batch of several; steps: of one batch."""
     if on_step is None:
         return None
-    return lambda step, *_: on_step(part * steps + step + 1, parts * steps)
+    done = count(part * steps + 1)
+    return lambda *_: on_step(next(done), parts * steps)
+
+
+def _steps(system: System, task: Task, to: Canvas, sampling: Sampling) -> int:
+    """Steps of a batch: of a streamed clip, those of every chunk."""
+    if sampling.sampler != "streamed":
+        return sampling.steps
+    present = to.shape.only(*(n for n in to.shape.modalities if n in task.generates or n in task.holds))
+    return sampling.steps * len(causal(system.denoiser).chunks(present.map(lambda shape: shape[1])))
 
 
 def _record(

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from soundstage.core.av import AV
+from soundstage.core.causal import WAYS, is_causal
 from soundstage.core.errors import RequestError, one_of
-from soundstage.core.sampling import SAMPLERS
 from soundstage.core.system import Sampling, System
 from soundstage.inference.given import Several
 from soundstage.inference.tasks import Task
@@ -46,13 +46,14 @@ def sampling_of(
     base = system.sampling
     if steps is not None and not 1 <= steps <= MOST_STEPS:
         raise RequestError(f"steps: {steps} is not from 1 to {MOST_STEPS}; this model's default is {base.steps}")
-    if sampler is not None and sampler not in SAMPLERS:
-        raise RequestError(str(one_of("sampler", sampler, SAMPLERS)))
+    if sampler is not None and sampler not in WAYS:
+        raise RequestError(str(one_of("sampler", sampler, WAYS)))
     times = base.times if steps in (None, base.steps) else None
     skip = base.skip_layer if skip_layer is None else skip_layer
     scale = pair("guidance", guidance, base.guidance, 0, 100)
     _check_trained(system, task, steps, sampler)
     _check_baked(system, scale, negative)
+    _check_streamed(system, task, sampler or base.sampler, scale)
     return replace(
         base,
         sampler=sampler or base.sampler,
@@ -103,6 +104,24 @@ def _check_baked(system: System, scale: AV[float], negative: Words | None) -> No
     if isinstance(negative, str | AV) or any(words is not None for words in negative or ()):
         raise RequestError(
             f"negative: {system.name} has guidance of {told} built in and reads no negative; leave it out"
+        )
+
+
+def _check_streamed(system: System, task: Task, sampler: str, scale: AV[float]) -> None:
+    """Only a causal model makes a clip chunk after chunk, by one prediction at a time."""
+    if sampler != "streamed":
+        return
+    if not is_causal(system.denoiser):
+        raise RequestError(
+            f"sampler: {system.name} reads whole clips and cannot be streamed; leave the sampler out, or name a causal "
+            "model"
+        )
+    present = (*task.generates, *task.holds)
+    asked = next((value for name, value in scale.items() if name in present and value != 1), None)
+    if asked is not None:
+        raise RequestError(
+            f"guidance: {asked:g} is asked of a streamed clip, which remembers one prediction; set guidance to 1, or "
+            "name another sampler"
         )
 
 

@@ -10,21 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from soundstage.core.av import AV
-from soundstage.core.causal import Cache, chunked
+from soundstage.core.causal import Cache, Chunking
 from soundstage.core.conditions import Conditions
-from soundstage.core.errors import ConfigError
 from soundstage.models.layers.attention import Attention, attend
+from soundstage.models.layers.chunks import InOrder, Remembering
 from soundstage.models.unified_dit import UnifiedDiT, UnifiedDiTConfig
-
-Pair = tuple[Tensor, Tensor]
-"""Keys and values (B, N, L, K)."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,12 @@ class CausalDiTConfig(UnifiedDiTConfig):
     window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 0:
-            raise ConfigError(f"window: {self.window} is below 0; None looks back on everything")
+        _ = self.chunking  # raises ConfigError
+
+    @property
+    def chunking(self) -> Chunking:
+        """Length of the chunks and how far they look back."""
+        return Chunking(self.chunk, self.window)
 
     @classmethod
     def of(cls, config: UnifiedDiTConfig, **changes: Any) -> CausalDiTConfig:  # noqa: ANN401
@@ -79,7 +81,7 @@ class CausalDiT(UnifiedDiT):
 
     def chunks(self, steps: AV[int]) -> tuple[AV[slice], ...]:
         """The latent steps of each chunk of a clip of so many steps."""
-        return chunked(self.config.geometry, steps, self.config.chunk)
+        return self.config.chunking.chunks(self.config.geometry, steps)
 
     def extend(
         self, cache: Cache, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None
@@ -95,10 +97,9 @@ class CausalDiT(UnifiedDiT):
         told = cond.positions or AV()
         seconds = {n: told[n] if n in told else self._seconds(n, x, steps[n]) for n, x in x_t.items()}
         cond = replace(cond, positions=AV(**seconds))
-        layers = [_Layer(past) for past in cache.layers or [()] * len(self.blocks)]
-        v = self._through(x_t, t, cond, r, layers)
-        kept = None if self.config.window is None else -self.config.window
-        return v, Cache(steps, tuple(layer.chunks[kept:] if kept != 0 else () for layer in layers))
+        layers = [Remembering(past, dim=2) for past in cache.layers or [()] * len(self.blocks)]
+        v = self._through(x_t, t, cond, r, [partial(layer, attend) for layer in layers])
+        return v, Cache(steps, tuple(layer.taken(self.config.window) for layer in layers))
 
     def _seconds(self, name: str, x: Tensor, end: int) -> Tensor:
         """(1, F) middles of the last steps of `end`, as many as x has."""
@@ -119,36 +120,14 @@ class CausalDiT(UnifiedDiT):
         return [torch.cat(list(tokens(chunk))) for chunk in self.chunks(x_t.map(lambda x: x.shape[2]))]
 
 
-class _Layer:
-    """Attention of one layer in one call: tokens read themselves and what is remembered. chunks: as after the call."""
-
-    def __init__(self, past: tuple[Pair, ...]) -> None:
-        self.past = past
-        self.chunks = past
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.chunks = (*self.past, (k, v))
-        if not self.past:
-            return attend(q, k, v)
-        keys, values = zip(*self.chunks, strict=True)
-        return attend(q, torch.cat(keys, dim=2), torch.cat(values, dim=2))
-
-
 def _in_order(rows: list[Tensor], window: int | None) -> Attention:
-    """Attention in which each chunk reads itself and those before it. rows: the places of each chunk's tokens.
-
-    A call of the kernel per chunk, so that no mask is needed and nothing is computed that is not read.
-    """
+    """Attention in which each chunk reads itself and those before it. rows: the places of each chunk's tokens."""
     order = torch.cat(rows)
     back = order.argsort()
-    edges = list(accumulate((len(each) for each in rows), initial=0))
+    begins = list(accumulate((len(each) for each in rows[:-1]), initial=0))
+    reads = InOrder(begins, begins, window, dim=2)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x[:, :, order] for x in (q, k, v))
-        parts = []
-        for i, (start, end) in enumerate(pairwise(edges)):
-            first = 0 if window is None else edges[max(0, i - window)]
-            parts.append(attend(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]))
-        return torch.cat(parts, dim=2)[:, :, back]
+        return reads(attend, *(x[:, :, order] for x in (q, k, v)))[:, :, back]
 
     return run

@@ -21,7 +21,7 @@ from soundstage.core.av import AV
 from soundstage.core.conditions import Conditions
 from soundstage.core.denoiser import Denoiser, StreamGeometry
 from soundstage.core.errors import Caution, RequestError
-from soundstage.core.system import Deferred, Prepare, Sampling, System
+from soundstage.core.system import Deferred, DeferredCausal, Prepare, Sampling, System
 from soundstage.models.codecs.mmaudio import MMAudioConfig
 from soundstage.models.codecs.wan_vae import WanVAE, WanVAEConfig
 from soundstage.models.codecs.wan_vae_memory import fit_tile
@@ -66,8 +66,9 @@ def load_ovi(
     denoiser = next(iter(found.values()))
     variant = next(each for each in VARIANTS.values() if each.file == denoiser.path.name)
     config = TwinConfig.of(denoiser.shapes())
-    backbone = _backbone(config, denoiser, device, dtype or torch.bfloat16, prepare)
     codec = LateCodec(AV(video=_picture(found[PICTURE], device), audio=_sound(found, device)))
+    student = read_student(denoiser.path)
+    backbone = _backbone(config, denoiser, device, dtype or torch.bfloat16, prepare, student, codec.geometry)
     stride = codec.geometry["video"].spatial_stride
     height, width = snap(1, 1, variant.area)
     own = AV(
@@ -101,7 +102,7 @@ def load_ovi(
             _activations(each, config.towers[modality]) for modality, each in shape.items()
         ),
     )
-    return _student(system, read_student(denoiser.path), backbone)
+    return _student(system, student, backbone)
 
 
 def load_wan(
@@ -114,8 +115,9 @@ def load_wan(
     found = locate(published(name), folder)
     denoiser = next(iter(found.values()))
     config = WanConfig.of(denoiser.shapes())
-    backbone = _backbone(config, denoiser, device, dtype or torch.bfloat16, prepare)
     codec = LateCodec(AV(video=_picture(found[PICTURE], device)))
+    student = read_student(denoiser.path)
+    backbone = _backbone(config, denoiser, device, dtype or torch.bfloat16, prepare, student, codec.geometry)
     geometry = codec.geometry["video"]
     rules = WAN_RULES[name]
     height, width = rules.size
@@ -149,7 +151,7 @@ def load_wan(
         encode_image=_first_frame(found[IMAGE], codec, device) if told else None,
         activation_bytes=lambda shape: _activations(shape["video"], config),
     )
-    return _student(system, read_student(denoiser.path), backbone)
+    return _student(system, student, backbone)
 
 
 def _student(system: System, student: Student | None, backbone: Denoiser) -> System:
@@ -255,8 +257,12 @@ def _backbone(
     device: torch.device,
     dtype: torch.dtype,
     prepare: Prepare | None,
+    student: Student | None,
+    geometry: AV[StreamGeometry],
 ) -> Deferred:
-    """The denoiser to come; the file is held against the config now."""
+    """The denoiser to come, a causal student's in its causal form; the file is held against the config now."""
+    if student is not None and student.causal is not None:
+        config = config.as_causal(student.causal, geometry)
     with torch.device("meta"):
         found.check(config.build()).demand(f"the {found.part.role}")
 
@@ -267,6 +273,9 @@ def _backbone(
         module = module.eval().requires_grad_(False)
         return module.to(device) if prepare is None else prepare(module, device)
 
+    if student is not None and student.causal is not None:
+        chunking = student.causal
+        return DeferredCausal(build, lambda steps: chunking.chunks(geometry, steps))  # type: ignore[arg-type]
     return Deferred(build)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from soundstage.core.causal import Chunking
 from soundstage.core.errors import WeightsError
 from soundstage.core.system import Sampling
 from soundstage.models.system import CONVENTIONS, sampling_from, sampling_to
@@ -20,12 +21,13 @@ from soundstage.models.system import CONVENTIONS, sampling_from, sampling_to
 class Student:
     """A distilled model. sampling: how it is sampled.
 
-    base: {"name", "sha256"} of its teacher, by models.weights.fingerprint.
+    base: {"name", "sha256"} of its teacher, by models.weights.fingerprint. causal: it makes clips chunk after chunk.
     """
 
     name: str
     sampling: Sampling
     base: Mapping[str, str] | None = None
+    causal: Chunking | None = None
 
 
 def beside(weights: Path) -> Path:
@@ -42,6 +44,8 @@ def write_student(weights: Path, student: Student) -> Path:
     }
     if student.base is not None:
         told["base"] = dict(student.base)
+    if student.causal is not None:
+        told["causal"] = student.causal.written()
     path = beside(weights)
     path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return path
@@ -59,7 +63,8 @@ def read_student(weights: Path) -> Student | None:
         told = json.loads(path.read_text(encoding="utf-8"))
         if told["conventions"] != CONVENTIONS:
             raise WeightsError(f"{path}: was written under other conventions; update soundstage")
-        return Student(told["name"], sampling_from(told["sampling"]), told.get("base"))
+        causal = Chunking.read(told["causal"]) if told.get("causal") else None
+        return Student(told["name"], sampling_from(told["sampling"]), told.get("base"), causal)
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, WeightsError):
             raise

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from soundstage.core.av import AV
+from soundstage.core.causal import Chunking
 from soundstage.core.errors import WeightsError
 from soundstage.core.system import Sampling, System
 from soundstage.models.codecs.audio import AudioCodecConfig
@@ -75,7 +76,7 @@ def save_system(
         tensors[f"codec.{key}"] = value.float() if keep else value.to(dtype)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(folder / WEIGHTS))
     streams = {n: asdict(stream.config) for n, stream in codec.streams.items()}  # type: ignore[arg-type]
-    scalars = {k: v for k, v in asdict(config).items() if k not in ("geometry", "seconds")}
+    scalars = {k: v for k, v in asdict(config).items() if k not in ("geometry", "seconds", "chunk", "window")}
     told = {
         "loader": "soundstage.models.system:load_system",
         "name": name,
@@ -86,6 +87,8 @@ def save_system(
         "sampling": sampling_to(sampling),
         "conventions": CONVENTIONS,
     }
+    if config.chunking is not None:
+        told["causal"] = config.chunking.written()
     if base is not None:
         told["base"] = dict(base)
     (folder / "model.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
@@ -120,7 +123,8 @@ def _configs(told: Mapping[str, Any]) -> tuple[UnifiedDiTConfig, PairCodec]:
     )
     scalars = dict(told["denoiser"])
     text, seconds = ByteTextConfig(**scalars.pop("text")), Fraction(scalars.pop("seconds"))
-    return replace(UnifiedDiTConfig(**scalars), text=text, seconds=seconds, geometry=codec.geometry), codec
+    config = replace(UnifiedDiTConfig(**scalars), text=text, seconds=seconds, geometry=codec.geometry)
+    return config.as_causal(Chunking.read(told["causal"])) if told.get("causal") else config, codec
 
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, folder: Path) -> None:

@@ -11,17 +11,23 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from soundstage.core.av import AV
+from soundstage.core.causal import Chunking
 from soundstage.core.conditions import Conditions
+from soundstage.core.denoiser import StreamGeometry
 from soundstage.core.errors import ConfigError, ModalityError, ShapeError, WeightsError
 from soundstage.models.layers.wan_block import Other, Skipping, Stream, TextKV, WanBlock, skipping, through
-from soundstage.models.layers.wan_ends import Ends, Latents, initialise
+from soundstage.models.layers.wan_ends import Ends, Latents, Order, initialise
 from soundstage.models.wan import WAN22_TI2V_5B, Flops, Shapes, WanConfig, check
 from soundstage.models.wan import flops as tower_flops
 from soundstage.models.weights import renamed
+
+if TYPE_CHECKING:
+    from soundstage.models.causal_wan import CausalTwinConfig
 
 RATES = AV(video=Fraction(24, 4), audio=Fraction(16000, 512))
 """Latent steps per second of the Wan2.2 and MMAudio 16 kHz autoencoders."""
@@ -89,6 +95,12 @@ class TwinConfig:
         """The same told two times."""
         return replace(self, video=self.video.as_flow_map(), audio=self.audio.as_flow_map())
 
+    def as_causal(self, chunking: Chunking, geometry: AV[StreamGeometry]) -> CausalTwinConfig:
+        """The same made block-causal; geometry: of its codecs."""
+        from soundstage.models.causal_wan import CausalTwinConfig
+
+        return CausalTwinConfig(**{**vars(self), "geometry": geometry, "chunking": chunking})
+
     def build(self) -> Twin:
         """The module, randomly initialised (for free under `torch.device("meta")`)."""
         return Twin(self)
@@ -147,7 +159,8 @@ class FusedBlock(nn.Module):
             entered, rows[name] = block.enter(x[name], streams[name])
             among[name] = block.among(entered, rows[name], streams[name])
         for name, block in sides.items():
-            others = [Other(among[n], streams[n].rotation, streams[n].lengths) for n in sides if n != name]
+            reads = streams[name].reads_other
+            others = [Other(among[n], streams[n].rotation, streams[n].lengths, reads) for n in sides if n != name]
             read, used[name] = block.across(among[name], streams[name], kv[name], *others)
             out[name] = block.think(read, rows[name], streams[name])
         return out, used
@@ -178,9 +191,26 @@ class Twin(nn.Module):
         skip: tuple[int, ...] = (),
     ) -> AV[Tensor]:
         """Velocity noise - x0 of the present modalities; t per modality (B,) or (B, steps). skip: blocks left out."""
+        return self._denoise(x_t, t, cond, r, skip)
+
+    def _denoise(
+        self,
+        x_t: AV[Tensor],
+        t: AV[Tensor],
+        cond: Conditions,
+        r: AV[Tensor] | None,
+        skip: tuple[int, ...],
+        orders: AV[Order] | None = None,
+    ) -> AV[Tensor]:
+        """`forward`; orders: in chunks."""
         two_times = self.config.video.two_times
         check(cond, t, None if two_times else r, control=0)
-        return self.run(x_t, t, cond, r=r if two_times else None, skip=skip)
+        return self.run(x_t, t, cond, r=r if two_times else None, skip=skip, orders=orders)
+
+    @property
+    def ends(self) -> AV[Ends]:
+        """Both ends of each tower."""
+        return AV(self.video, self.audio)
 
     def run(
         self,
@@ -192,26 +222,28 @@ class Twin(nn.Module):
         skip: tuple[int, ...] = (),
         lengths: AV[int] | None = None,
         per_token: bool = False,
+        orders: AV[Order] | None = None,
     ) -> AV[Latents]:
         """The towers on latents, or on lists of unbatched latents of several sizes.
 
         t, and r of a flow map: per modality (B,), (B, steps), or (B, L) with per_token. lengths: tokens to pad each
-        sequence to.
+        sequence to. orders: run in chunks.
         """
         if not x.modalities:
             raise ModalityError("x_t has no modality; give video, audio or both")
-        ends: dict[str, Ends] = {"video": self.video, "audio": self.audio}
+        ends = self.ends
         tokens, sides = {}, {}
         for name, latents in x.items():
             length = None if lengths is None else lengths[name]
             to = None if r is None else r[name]
-            tokens[name], sides[name] = ends[name].enter(latents, t[name], cond, length, per_token, to)
+            order = None if orders is None else orders[name]
+            tokens[name], sides[name] = ends[name].enter(latents, t[name], cond, length, per_token, to, order)
         batches = {name: side.layout.batch for name, side in sides.items()}
         if len(set(batches.values())) > 1:
             raise ShapeError(f"samples of x_t: {batches}; give as many of each modality")
-        streams = {name: side.stream for name, side in sides.items()}
         for number, block in enumerate(self.blocks):
             if number not in skip:
+                streams = {name: side.told(number) for name, side in sides.items()}
                 held = {name: side.kv[number] for name, side in sides.items()}
                 tokens, used = through(block, self.checkpointing, tokens, streams, held)
                 for name, kv in used.items():

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soundstage.core.av import AV
+from soundstage.core.causal import Chunking
 from soundstage.core.conditions import Conditions
 from soundstage.core.denoiser import StreamGeometry
 from soundstage.core.errors import ShapeError, one_of
@@ -62,6 +63,17 @@ class UnifiedDiTConfig:
         if text not in SIZES:
             raise one_of("model", text, SIZES)
         return SIZES[text]
+
+    @property
+    def chunking(self) -> Chunking | None:
+        """How the model goes through a clip in chunks; None: it reads whole clips."""
+        return None
+
+    def as_causal(self, chunking: Chunking) -> UnifiedDiTConfig:
+        """The same made block-causal (models.causal)."""
+        from soundstage.models.causal import CausalDiTConfig
+
+        return CausalDiTConfig.of(self, chunk=chunking.seconds, window=chunking.window)
 
     @property
     def shape(self) -> AV[tuple[int, ...]]:

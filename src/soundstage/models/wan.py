@@ -9,17 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from soundstage.core.av import AV
+from soundstage.core.causal import Chunking
 from soundstage.core.conditions import Conditions
+from soundstage.core.denoiser import StreamGeometry
 from soundstage.core.errors import ConfigError, ModalityError, ShapeError, WeightsError
 from soundstage.models.layers.wan_block import Skipping, WanBlock, skipping, through
-from soundstage.models.layers.wan_ends import Ends, Latents, initialise
+from soundstage.models.layers.wan_ends import Ends, Latents, Order, initialise
 from soundstage.models.weights import renamed
+
+if TYPE_CHECKING:
+    from soundstage.models.causal_wan import CausalWanConfig
 
 HEAD = 128
 """Head width of every published model."""
@@ -127,6 +132,12 @@ class WanConfig:
         """The same told two times."""
         return replace(self, two_times=True)
 
+    def as_causal(self, chunking: Chunking, geometry: AV[StreamGeometry]) -> CausalWanConfig:
+        """The same made block-causal; geometry: of its codec."""
+        from soundstage.models.causal_wan import CausalWanConfig
+
+        return CausalWanConfig(**{**vars(self), "geometry": geometry, "chunking": chunking})
+
     def block(self, *, fused: bool = False) -> WanBlock:
         """One block; fused: it also reads another tower."""
         image = self.image_width is not None
@@ -187,6 +198,18 @@ class Wan(Ends):
         skip: tuple[int, ...] = (),
     ) -> AV[Tensor]:
         """Velocity noise - x0, from t to r the mean one; both (B,) or (B, F). skip: blocks left out (`skipping`)."""
+        return self._denoise(x_t, t, cond, r, skip)
+
+    def _denoise(
+        self,
+        x_t: AV[Tensor],
+        t: AV[Tensor],
+        cond: Conditions,
+        r: AV[Tensor] | None,
+        skip: tuple[int, ...],
+        orders: AV[Order] | None = None,
+    ) -> AV[Tensor]:
+        """`forward`; orders: in chunks."""
         name = self.config.modality
         if x_t.modalities != (name,):
             given = " and ".join(x_t.modalities) or "nothing"
@@ -194,7 +217,13 @@ class Wan(Ends):
         check(cond, t, None if self.config.two_times else r, self.config.in_channels - self.config.out_channels)
         x = with_control(x_t[name], cond)
         ends = None if r is None else r[name]
-        return AV(**{name: self.run(x, t[name], cond, r=ends, skip=skip).to(x_t[name].dtype)})
+        order = None if orders is None else orders[name]
+        return AV(**{name: self.run(x, t[name], cond, r=ends, skip=skip, order=order).to(x_t[name].dtype)})
+
+    @property
+    def ends(self) -> AV[Ends]:
+        """Both ends of its one tower."""
+        return AV(**{self.config.modality: self})
 
     def run(
         self,
@@ -206,15 +235,17 @@ class Wan(Ends):
         skip: tuple[int, ...] = (),
         length: int | None = None,
         per_token: bool = False,
+        order: Order | None = None,
     ) -> Latents:
         """The tower on latents with `in_channels` channels, or on a list of unbatched latents of several sizes.
 
-        t, and r of a flow map: (B,), (B, F), or (B, L) with per_token. length: tokens to pad the sequence to.
+        t, and r of a flow map: (B,), (B, F), or (B, L) with per_token. length: tokens to pad the sequence to. order:
+        run in chunks.
         """
-        tokens, side = self.enter(x, t, cond, length, per_token, r)
+        tokens, side = self.enter(x, t, cond, length, per_token, r, order)
         for number, block in enumerate(self.blocks):
             if number not in skip:
-                tokens, kv = through(block, self.checkpointing, tokens, side.stream, side.kv[number])
+                tokens, kv = through(block, self.checkpointing, tokens, side.told(number), side.kv[number])
                 side.keep(number, kv)
         return self.leave(tokens, side, x)
 

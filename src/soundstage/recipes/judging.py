@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from soundstage.core.av import AV, collate
+from soundstage.core.causal import WAYS
 from soundstage.core.flow import ToData
 from soundstage.core.rng import Rng
-from soundstage.core.sampling import SAMPLERS
 from soundstage.core.schedule import explicit, shifted
 from soundstage.core.system import Sampling
 from soundstage.media.clip import Clip
@@ -74,7 +74,7 @@ class Shown:
             denoiser = ToData(network) if self.sampling.flow_map else network
             if self.guidance is not None:
                 denoiser = self.guidance(denoiser, batch.cond)
-            sample = SAMPLERS[self.sampling.sampler]
+            sample = WAYS[self.sampling.sampler]
             x0 = sample(denoiser, noise, self._times(noise), batch.cond, rng=rng.fold("sampler"))
             media = codec.decode(x0)
             made.append(media.map(lambda x: x[0].float().cpu()))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from soundstage.core.av import AV
+from soundstage.core.causal import Chunking
 from soundstage.core.conditions import Conditions
 from soundstage.core.denoiser import StreamGeometry
 from soundstage.core.errors import ConfigError
@@ -30,7 +31,7 @@ from soundstage.models.codecs.pair import PairCodec
 from soundstage.models.layers.wan_ends import span_embedding
 from soundstage.models.ovi import WAN_RULES
 from soundstage.models.ovi_forms import VARIANTS, snap, to_form
-from soundstage.models.published import PICTURE, TEXT, TOKENIZER, Found
+from soundstage.models.published import PICTURE, SOUND, TEXT, TOKENIZER, Found
 from soundstage.models.student import Student, write_student
 from soundstage.models.text.umt5 import UMT5Text
 from soundstage.models.weights import fingerprint, save_weights
@@ -63,8 +64,14 @@ def frame_rate(model: str) -> Fraction:
 
 
 def _geometry(model: str) -> StreamGeometry:
+    return _clocks(model)["video"]
+
+
+def _clocks(model: str) -> AV[StreamGeometry]:
+    """Of the autoencoders that the model has."""
     parts = {part.role: part for part in published(model).parts}
-    return _named(str(parts[PICTURE].build)).geometry
+    roles = {"video": PICTURE, "audio": SOUND}
+    return AV(**{name: _named(str(parts[role].build)).geometry for name, role in roles.items() if role in parts})
 
 
 def form_of(model: str) -> str | None:
@@ -87,13 +94,14 @@ class Backbone:
     """The denoiser of a published model, from the folder that holds its files in any layout.
 
     model: a name in models.zoo. dtype: that the weights are kept in; bf16 does for what does not move. two_times: made
-    a flow map by an embedding of t - r that says nothing at first.
+    a flow map by an embedding of t - r that says nothing at first. causal: made block-causal, on the same weights.
     """
 
     model: str
     folder: str
     dtype: Literal["fp32", "bf16"] = "fp32"
     two_times: bool = False
+    causal: Chunking | None = None
 
     def build(self) -> nn.Module:
         """The module with its weights; on the meta device without, and of the published size where there is no folder.
@@ -141,7 +149,8 @@ class Backbone:
         return _named(str(published(self.model).parts[0].build))
 
     def _config(self, config: Any) -> Any:  # noqa: ANN401
-        return config.as_flow_map() if self.two_times else config
+        config = config.as_flow_map() if self.two_times else config
+        return config if self.causal is None else config.as_causal(self.causal, _clocks(self.model))
 
 
 @dataclass(frozen=True)
@@ -227,13 +236,22 @@ class Codec:
         return PairCodec(late.streams.map(lambda stream: stream.ready((), None)))
 
 
+def sharable(config: TrainConfig) -> bool:
+    """Whether the student can be an adapter on its teacher: a network of its own, of the teacher's form."""
+    causal = getattr(config.model, "causal", None) is not None
+    return "teacher" in config.roles and not isinstance(config.model, Shared) and not causal
+
+
 def shared(config: Run, rank: int = 64, critic: int = 32, **changes: Any) -> Run:  # noqa: ANN401
     """The run on one frozen base: student and fake score become adapters on the teacher, 5 % of its size together.
 
     changes: other settings, as in dataclasses.replace; adapters want a higher learning rate than whole networks.
     """
-    if "teacher" not in config.roles or isinstance(config.model, Shared):
-        raise ConfigError("shared: the run has no whole student beside a teacher; give it roles={'teacher': ...}")
+    if not sharable(config):
+        raise ConfigError(
+            "shared: the run has no whole student beside a teacher of the same form, as a causal student has none; "
+            "give it roles={'teacher': ...}"
+        )
     roles = {
         name: role if role.optim is None else Role(Lora("teacher", critic), role.optim)
         for name, role in config.roles.items()
@@ -277,10 +295,10 @@ def export_student(
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.exists():
                 link.symlink_to(path)
-    base = replace(backbone, dtype="bf16", two_times=False).build().state_dict()
+    base = replace(backbone, dtype="bf16", two_times=False, causal=None).build().state_dict()
     about = {"name": backbone.model, "sha256": fingerprint(base)}
     sampling = replace(sampling, flow_map=backbone.two_times)
-    write_student(file, Student(name or config.name, sampling, about))
+    write_student(file, Student(name or config.name, sampling, about, backbone.causal))
     return folder
 
 

@@ -96,8 +96,8 @@ class Filmed:
 
     def __call__(self, validation: Validation) -> AV[torch.Tensor]:
         """Media: video (16, 3, F, H, W), audio (16, channels, samples)."""
-        teacher = self.sampling is None
-        system = load_system(TEACHER) if teacher else student_system(validation.student, self.sampling)
+        asked = self.sampling
+        system = load_system(TEACHER) if asked is None else student_system(validation.student, asked)
         prompts = [item.caption for item in stream_items(4, seed=2, kinds=("bounce", "metronome", "drums", "engine"))]
         made = Generator(system).generate(prompts, num=4)
         return collate([to_media(one.clip, ClipShape()) for one in made])

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from soundstage.core.attention import Attend
 from soundstage.core.av import AV
 from soundstage.core.batch import Batch
+from soundstage.core.causal import Cache
 from soundstage.core.conditions import Conditions
 from soundstage.core.rng import Rng
 from soundstage.training.config import Optim, Shared, TrainConfig
@@ -196,15 +197,15 @@ class Calls:
 
 
 class _Counter:
-    """A network that does nothing but count."""
+    """A network that does nothing but count; a causal one too (core.causal), of one step a chunk."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, steps: int) -> None:
         self.scale = torch.zeros((), requires_grad=True)
-        self.samples = samples
+        self.samples, self.steps = samples, steps
         self.plain = self.learning = self.largest = 0.0
 
     def __call__(self, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None) -> AV[Tensor]:  # noqa: ARG002
-        rows = x_t.batch / self.samples
+        rows = x_t.batch / self.samples * next(x_t.values()).shape[2] / self.steps
         if torch.is_grad_enabled() and self.scale.requires_grad:
             self.learning += rows
         else:
@@ -212,13 +213,21 @@ class _Counter:
             self.largest = max(self.largest, rows)
         return x_t.map(lambda x: x * self.scale)
 
+    def chunks(self, steps: AV[int]) -> tuple[AV[slice], ...]:
+        return tuple(steps.map(lambda _, k=k: slice(k, k + 1)) for k in range(self.steps))
 
-def count_calls(config: TrainConfig, modalities: Iterable[str]) -> dict[str, Calls]:
-    """Mean over 100 steps, by role."""
-    shapes = {"video": (2, 2, 2, 2), "audio": (2, 2)}
+    def extend(
+        self, cache: Cache, x_t: AV[Tensor], t: AV[Tensor], cond: Conditions, *, r: AV[Tensor] | None = None
+    ) -> tuple[AV[Tensor], Cache]:
+        return self(x_t, t, cond, r=r), cache
+
+
+def count_calls(config: TrainConfig, modalities: Iterable[str], chunks: int = 2) -> dict[str, Calls]:
+    """Mean over 100 steps, by role. chunks: in which a causal student makes a clip; a call on one is its share."""
+    shapes = {"video": (2, chunks, 2, 2), "audio": (2, chunks)}
     x0 = AV(**{name: torch.zeros(2, *shapes[name]) for name in modalities})
     batch = Batch(x0, Conditions(), ("a", "b"))
-    nets = {role: _Counter(len(batch)) for role in config.models}
+    nets = {role: _Counter(len(batch), chunks) for role in config.models}
     for step in range(STEPS):
         for role in config.objective.turn(step):
             for name, net in nets.items():

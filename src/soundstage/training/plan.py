@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from soundstage.core.av import AV
+from soundstage.core.causal import is_causal
 from soundstage.training import memory
 from soundstage.training.config import Optim, Shared, TrainConfig, describe
 from soundstage.training.optim import groups
@@ -25,7 +26,7 @@ def plan(config: TrainConfig, devices: Sequence[int] = DEVICES) -> dict[str, Any
     A model's `describe()` adds tokens and FLOPs; "flops" in it means one forward pass of one sample, and a training
     step costs three such passes per sample. Where it also tells its "latents", "memory" has the bytes on each of
     several devices with activations, "calls" how often a step calls each network, and FLOPs follow from these (see
-    `memory`). Raises ConfigError for a stage that cannot be.
+    `memory`): of the last stage, and "flops" of the whole run. Raises ConfigError for a stage that cannot be.
     """
     spans = [{"start": phase.start, "end": phase.end} for phase in phases(config)]
     optims = {"student": config.optim} | {name: role.optim for name, role in config.roles.items()}
@@ -65,12 +66,18 @@ def _measured(
     config: TrainConfig, nets: Mapping[str, nn.Module], told: Mapping[str, Mapping[str, Any]], devices: Sequence[int]
 ) -> dict[str, Any]:
     latents = AV(**{name: tuple(shape) for name, shape in told["student"]["latents"].items()})
-    calls = memory.count_calls(config, latents.modalities)
+    student: Any = nets["student"]
+    chunks = len(student.chunks(latents.map(lambda shape: shape[1]))) if is_causal(student) else 2
     flops = {role: float(said["flops"]) for role, said in told.items()}
+    stages = phases(config)
+    each = [memory.count_calls(phase.config, latents.modalities, chunks) for phase in stages]
+    per_step = [memory.flops_per_step(phase.config, made, flops) for phase, made in zip(stages, each, strict=True)]
+    calls = each[-1]
     sizes = memory.memory(config, nets, latents, calls, devices)
     return {
         "calls": {role: vars(each) for role, each in calls.items()},
-        "flops_per_step": memory.flops_per_step(config, calls, flops),
+        "flops_per_step": per_step[-1],
+        "flops": sum(cost * (phase.end - phase.start) for cost, phase in zip(per_step, stages, strict=True)),
         "memory": [{**vars(size), "total": size.total} for size in sizes],
     }
 

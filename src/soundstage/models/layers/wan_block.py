@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from soundstage.core.attention import Attend, Lengths, Precise
+from soundstage.core.attention import Attend, Lengths, Precise, Reads
 from soundstage.core.av import AV
 from soundstage.core.conditions import Conditions
 from soundstage.core.errors import ConfigError
@@ -30,11 +30,12 @@ class TextKV(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """What the blocks of one tower are told beside its tokens; the same for every block.
+    """What the blocks of one tower are told beside its tokens; the same for every block but for who reads whom.
 
     rows: modulation (B, G, 6, D) without the block's own. index: which of the B * G rows each token (B, L) takes; None
     where each row is for L / G tokens in order. rotation: (1 or B, L, 1, K/2, 2). lengths: real tokens of each sample,
-    None = all. text (B, S, D), image (B, R, D): what the cross-attention reads.
+    None = all. text (B, S, D), image (B, R, D): what the cross-attention reads. reads: which tokens of its own tower
+    each one reads, reads_other: which of the other tower; None = all.
     """
 
     rows: Tensor
@@ -43,14 +44,17 @@ class Stream(NamedTuple):
     lengths: Lengths
     text: Tensor
     image: Tensor | None
+    reads: Reads | None = None
+    reads_other: Reads | None = None
 
 
 class Other(NamedTuple):
-    """The other tower's tokens (B, L, D), for fused cross-attention."""
+    """The other tower's tokens (B, L, D), for fused cross-attention. reads: which of them each token reads."""
 
     x: Tensor
     rotation: Tensor
     lengths: Lengths
+    reads: Reads | None = None
 
 
 def typed(layer: nn.Module, x: Tensor) -> Tensor:
@@ -103,13 +107,13 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
         self.attend, self.precise = Attend(), Precise()
 
-    def forward(self, x: Tensor, rotation: Tensor, lengths: Lengths) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, lengths: Lengths, reads: Reads | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         x = typed(self.q, x)
         q = self._rotated(self.norm_q, self.q(x), rotation)
         k = self._rotated(self.norm_k, self.k(x), rotation)
         v = self.v(x).unflatten(-1, (self.num_heads, -1))
-        return self.o(self.attend(q, k, v, lengths).flatten(2))
+        return self.o(self.attend(q, k, v, lengths, reads=reads).flatten(2))
 
     def _rotated(self, norm: nn.RMSNorm, x: Tensor, rotation: Tensor) -> Tensor:
         return rotate(rms_norm(norm, self.precise(x)).unflatten(-1, (self.num_heads, -1)), rotation)
@@ -155,7 +159,7 @@ class CrossAttention(nn.Module):
         read = typed(self.k_fusion, layer_norm(self.pre_attn_norm_fusion, other.x))
         k = self._heads(rms_norm(self.norm_k_fusion, self.precise(self.k_fusion(read))))
         v = self._heads(self.v_fusion(read))
-        return self.attend(q, rotate(k, other.rotation), v, other.lengths)
+        return self.attend(q, rotate(k, other.rotation), v, other.lengths, reads=other.reads)
 
     def _pair(self, to_k: nn.Linear, to_v: nn.Linear, norm: nn.RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:
         x = typed(to_v, x)
@@ -201,7 +205,7 @@ class WanBlock(nn.Module):
     def among(self, x: Tensor, rows: tuple[Tensor, ...], stream: Stream) -> Tensor:
         """x plus self-attention."""
         y = modulate(layer_norm(self.norm1, x), rows[0], rows[1], stream.index)
-        return gated(x, self.self_attn(y, stream.rotation, stream.lengths), rows[2], stream.index)
+        return gated(x, self.self_attn(y, stream.rotation, stream.lengths, stream.reads), rows[2], stream.index)
 
     def across(self, x: Tensor, stream: Stream, kv: TextKV | None, other: Other | None = None) -> tuple[Tensor, TextKV]:
         """x plus cross-attention, and the keys and values of the text."""

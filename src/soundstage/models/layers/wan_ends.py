@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soundstage.core.attention import Memo, Precise, Tokens
+from soundstage.core.attention import Memo, Precise, Reads, Tokens
 from soundstage.core.conditions import Conditions
 from soundstage.core.errors import ConfigError, ShapeError
 from soundstage.models.layers.wan_block import Stream, TextKV, layer_norm, modulate, typed
@@ -100,6 +100,20 @@ class Layout:
         return len(self.grids) == 1 and math.prod(self.grids[0]) == self.length
 
 
+class Order(NamedTuple):
+    """How one tower is run in chunks of latent steps.
+
+    chunks: in the latents of the call. reads, reads_other: as in Stream, of each block. start: steps before the call.
+    before: the last `Ends.reach` latents of those steps (B, C, ...), None = there were none or nothing reaches them.
+    """
+
+    chunks: tuple[slice, ...]
+    reads: Sequence[Reads]
+    reads_other: Sequence[Reads]
+    start: int = 0
+    before: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Side:
     """One tower's run: what its blocks are told, layout, time embedding (B, G, D), and the text's keys by block."""
@@ -109,6 +123,13 @@ class Side:
     clock: Tensor
     kv: list[TextKV | None]
     keeps: bool
+    order: Order | None = None
+
+    def told(self, block: int) -> Stream:
+        """What one block is told."""
+        if self.order is None:
+            return self.stream
+        return self.stream._replace(reads=self.order.reads[block], reads_other=self.order.reads_other[block])
 
     def keep(self, block: int, kv: TextKV) -> None:
         """Hold a block's keys and values where they outlive the call."""
@@ -125,9 +146,11 @@ class Ends(nn.Module):
         width = config.width
         if config.modality == "video":
             self.patch_embedding = nn.Conv3d(config.in_channels, width, config.patch, config.patch)
+            self.reach = 0  # latent steps to either side that a token is made of
         else:
             first = nn.Conv1d(config.in_channels, width, 7, padding=3)
             self.patch_embedding = nn.Sequential(first, nn.SiLU(), GatedConv(width, config.conv_hidden))
+            self.reach = 9  # three convolutions of 7 steps, one after another
         self.text_embedding = _mlp(config.text_width, width, nn.GELU(approximate="tanh"))
         self.time_embedding = _mlp(config.frequencies, width, nn.SiLU())
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -146,13 +169,15 @@ class Ends(nn.Module):
         length: int | None = None,
         per_token: bool = False,
         r: Tensor | None = None,
+        order: Order | None = None,
     ) -> tuple[Tensor, Side]:
         """Tokens (B, L, D) of this process and all that the blocks are told.
 
         x: latents with `in_channels` channels. t (B,) or (B, F) in [0, 1], with per_token (B, L). length: tokens to pad
-        the sequence to. r: of a flow map, as t; None = t. Raises ShapeError where something does not fit.
+        the sequence to. r: of a flow map, as t; None = t. order: where x, a batch, is run in chunks. Raises ShapeError
+        where something does not fit.
         """
-        x_BLD, layout = self._embed(x, length)
+        x_BLD, layout = self._embed(x, length, order)
         clock, rows = self._clock(t, layout, per_token, r)
         text, image, kv, keeps = self._read(cond, layout.batch, x_BLD.device)
         counts = layout.counts
@@ -160,12 +185,12 @@ class Ends(nn.Module):
         stream = Stream(
             rows,
             self._index(layout, rows.shape[1], per_token, x_BLD.device),
-            self._rotation(layout, x_BLD),
+            self._rotation(layout, x_BLD, 0 if order is None else order.start),
             None if full else counts,
             text,
             image,
         )
-        return self.tokens.split(x_BLD), Side(stream, layout, clock, kv, keeps)
+        return self.tokens.split(x_BLD), Side(stream, layout, clock, kv, keeps, order)
 
     def leave(self, x_BLD: Tensor, side: Side, like: Latents) -> Latents:
         """Velocity in the form, size and type of `like`."""
@@ -180,7 +205,7 @@ class Ends(nn.Module):
             for i, (grid, sample) in enumerate(zip(grids, like, strict=True))
         ]
 
-    def _embed(self, x: Latents, length: int | None) -> tuple[Tensor, Layout]:
+    def _embed(self, x: Latents, length: int | None, order: Order | None) -> tuple[Tensor, Layout]:
         """Tokens (B, L, D) of the whole sequence, zeros behind each sample's own."""
         if not isinstance(x, Tensor) and all(sample.shape == x[0].shape for sample in x):
             x = torch.stack(list(x))
@@ -191,11 +216,28 @@ class Ends(nn.Module):
             raise ShapeError(f"a sequence of {length} tokens does not hold {longest}; give at least that many")
         layout = Layout(grids, parts[0].shape[0] if isinstance(x, Tensor) else len(parts), length or longest)
         kind = next(self.patch_embedding.parameters()).dtype
-        tokens = [self.patch_embedding(part.to(kind)).flatten(2).transpose(1, 2) for part in parts]
+        made = (self.patch_embedding(part.to(kind)) if order is None else self._chunks(part, order) for part in parts)
+        tokens = [part.flatten(2).transpose(1, 2) for part in made]
         if layout.even:
             return self.precise(tokens[0].contiguous()), layout
         padded = [F.pad(part, (0, 0, 0, layout.length - part.shape[1])) for part in tokens]
         return self.precise(torch.cat(padded)), layout
+
+    def _chunks(self, x: Tensor, order: Order) -> Tensor:
+        """Patches embedded chunk by chunk: each is that of the clip which ends with the chunk.
+
+        So the last `reach` steps of a chunk are made without those that follow them; all others are the same as those
+        of the whole clip. Before it, only the steps within reach are computed again.
+        """
+        x = x.to(next(self.patch_embedding.parameters()).dtype)
+        known = 0 if order.before is None else order.before.shape[2]
+        x = x if order.before is None else torch.cat([order.before.to(x.dtype), x], 2)
+        parts = []
+        for chunk in order.chunks:
+            begin, end = known + chunk.start, known + chunk.stop
+            first = max(0, begin - self.reach)
+            parts.append(self.patch_embedding(x[:, :, first:end])[:, :, begin - first :])
+        return torch.cat(parts, 2)
 
     def _grid(self, x: Tensor) -> tuple[int, ...]:
         config = self.config
@@ -239,12 +281,12 @@ class Ends(nn.Module):
         parts = [place if per_token else (place // math.prod(grid[1:])).clamp(max=rows - 1) for grid in grids]
         return self.tokens.split(torch.stack([part + rows * i for i, part in enumerate(parts)]))
 
-    def _rotation(self, layout: Layout, like: Tensor) -> Tensor:
+    def _rotation(self, layout: Layout, like: Tensor, start: int) -> Tensor:
         """(1 or B, L, 1, K/2, 2) of this process's tokens, in the residual stream's type; padding stays as it is."""
         config = self.config
         tables = []
         for grid in layout.grids:
-            table = rotations(grid, config.width // config.num_heads, config.time_scale, like.device)
+            table = rotations(grid, config.width // config.num_heads, config.time_scale, like.device, start)
             missing = layout.length - table.shape[0]
             if missing:
                 table = torch.cat([table, unturned(missing, table.shape[1], device=like.device)])

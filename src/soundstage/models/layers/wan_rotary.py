@@ -20,12 +20,16 @@ def axis_pairs(head_width: int) -> tuple[int, int, int]:
 
 
 def rotations(
-    grid: tuple[int, ...], head_width: int, scale: float = 1.0, device: torch.device | str | None = None
+    grid: tuple[int, ...],
+    head_width: int,
+    scale: float = 1.0,
+    device: torch.device | str | None = None,
+    start: int = 0,
 ) -> Tensor:
     """Cosine and sine (L, K/2, 2) of every token of a grid (F, H, W) or (A,), in float64.
 
-    Pair j of an axis of n pairs turns by position * 10000^(-j/n). scale: of the position in time. A grid without height
-    and width leaves their pairs as they are.
+    Pair j of an axis of n pairs turns by position * 10000^(-j/n). scale: of the position in time. start: position of
+    the first step. A grid without height and width leaves their pairs as they are.
     """
     count = math.prod(grid)
     parts = []
@@ -34,8 +38,9 @@ def rotations(
             parts.append(unturned(*grid, pairs, device=device))
             continue
         frequencies = THETA ** -(torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
-        positions = torch.arange(grid[axis], dtype=torch.float64, device=device) * (scale if axis == 0 else 1.0)
-        angles = positions[:, None] * frequencies
+        first = start if axis == 0 else 0
+        positions = torch.arange(first, first + grid[axis], dtype=torch.float64, device=device)
+        angles = (positions * (scale if axis == 0 else 1.0))[:, None] * frequencies
         table = torch.stack([angles.cos(), angles.sin()], dim=-1)
         shape = [n if i == axis else 1 for i, n in enumerate(grid)]
         parts.append(table.reshape(*shape, pairs, 2).expand(*grid, pairs, 2))
