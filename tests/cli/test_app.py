@@ -32,7 +32,10 @@ Run = Callable[..., tuple[int, str, str]]
 def test_the_commands_are_those_of_the_plan() -> None:
     names = {" ".join(path) for path in COMMANDS}
     models = {f"models {name}" for name in ("list", "describe", "fetch", "check")}
-    wanted = {"generate", "evaluate", "train", "sweep", "world render", "world show", "probe", *models}
+    data = {
+        f"data {name}" for name in ("collect", "fetch", "scan", "curate", "pack", "index", "funnel", "show", "validate")
+    }
+    wanted = {"generate", "evaluate", "train", "sweep", "world render", "world show", "probe", *models, *data}
     assert names == wanted
 
 

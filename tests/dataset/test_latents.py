@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +13,10 @@ from soundstage.core.errors import ConfigError
 from soundstage.data import latents
 from soundstage.data.batching import Order
 from soundstage.data.clips import Clips
-from soundstage.data.latents import LatentPool, Latents
+from soundstage.data.latent_cache import LatentCache
+from soundstage.data.latents import Latents
 from soundstage.data.records import ClipShape
+from soundstage.media.clip import Clip
 from soundstage.testing.records import MeanCodec, Ramps, RampSource, tokenize
 
 SHAPE = ClipShape(num_frames=4, size=(16, 16), num_samples=4000)
@@ -112,11 +116,14 @@ def test_a_killed_encoding_goes_on_where_it_was(tmp_path: Path, small_shards: No
     reads.clear()
     assert len(data(tmp_path).build()) == 10
     assert reads == [8, 9]
-    damaged = next(tmp_path.rglob("clips-00000004.safetensors"))
+    damaged = sorted(tmp_path.rglob("clips-*.safetensors"))[0]
     damaged.write_bytes(damaged.read_bytes()[:50])
     reads.clear()
-    data(tmp_path).build()
-    assert reads == [4, 5, 6, 7]
+    whole = data(tmp_path).build()
+    assert tuple(reads) in {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)}
+    assert [float(whole.batch(0, 10).x0["audio"][i].mean() * 16) for i in range(10)] == pytest.approx(
+        [int(name) for name in whole.batch(0, 10).ids], abs=0.01
+    )
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
@@ -157,7 +164,50 @@ def test_media_batches_for_codecs() -> None:
     assert torch.equal(first.x0["video"], second.x0["video"])
 
 
-def test_a_pool_is_read_only_from_safetensors(tmp_path: Path) -> None:
-    files, num = data(tmp_path).prepare()
+def test_the_cache_holds_safetensors_alone(tmp_path: Path) -> None:
+    cache, keys = data(tmp_path).prepare()
     assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".safetensors"}
-    assert len(LatentPool(files, num, tokenize)) == 10
+    assert all(key in LatentCache(cache.folder) for key in keys)
+
+
+def test_a_pool_too_large_for_memory_reads_from_the_disk(tmp_path: Path) -> None:
+    held, read = data(tmp_path).build(), data(tmp_path, hold=0).build()
+    for step in range(3):
+        one, two = held.batch(step, 4), read.batch(step, 4)
+        assert one.ids == two.ids
+        assert torch.equal(one.x0["video"], two.x0["video"])
+        assert torch.equal(one.x0["audio"], two.x0["audio"])
+
+
+def test_what_is_encoded_is_known_by_content(tmp_path: Path) -> None:
+    """A clip that moves to another source, or gets other words, is not encoded again."""
+    from soundstage.data.folder import Folder, FolderSource
+
+    seen: list[str] = []
+    window = FolderSource.window
+
+    def note(self: FolderSource, index: int) -> Any:  # noqa: ANN401
+        seen.append(self.words(index)[1])
+        return window(self, index)
+
+    shape = ClipShape(fps=8, size=(16, 16), num_frames=8, sample_rate=16000)
+    frames = [np.full((8, 16, 16, 3), level, np.uint8) for level in (0, 100, 200)]
+    wave = np.zeros((1, 16000), np.float32)
+    for name, picture in zip("abc", frames, strict=True):
+        Clip(picture, Fraction(8), wave, 16000).save(tmp_path / "one" / f"{name}.mp4")
+
+    def pool(folder: str) -> Any:  # noqa: ANN401
+        source = Folder(str(tmp_path / folder))
+        return Latents(source, MeanCodec(), tokenize, shape, cache=str(tmp_path / "cache")).build()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FolderSource, "window", note)
+        pool("one")
+        assert seen == ["a@0s", "b@0s", "c@0s"]
+        (tmp_path / "two").mkdir()
+        (tmp_path / "two" / "renamed.mp4").write_bytes((tmp_path / "one" / "b.mp4").read_bytes())
+        (tmp_path / "two" / "renamed.txt").write_text("other words")
+        Clip(frames[0], Fraction(8), wave + 0.5, 16000).save(tmp_path / "two" / "new.mp4")
+        found = pool("two")
+        assert seen[3:] == ["new@0s"]
+        assert (found.captions, found.ids) == (["", "other words"], ["new@0s", "renamed@0s"])

@@ -52,9 +52,9 @@ def _all_commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", _all_commands(), ids=" ".join)
 def test_every_command_and_option_is_documented(words: list[str]) -> None:
-    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    page = "\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("cli.md", "cli-data.md"))
     heading = f"## soundstage {' '.join(words)}\n"
-    assert heading in page, f"docs/cli.md has no section {heading!r}"
+    assert heading in page, f"docs/cli.md and cli-data.md have no section {heading!r}"
     section = page.partition(heading)[2].partition("\n## ")[0]
     command = _command(words)[1]
     assert command is not None

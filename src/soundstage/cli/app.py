@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from soundstage import __version__
-from soundstage.cli import evaluate, generate, models, probe, sweep, train, world
+from soundstage.cli import data, evaluate, generate, models, plan, probe, sweep, train, world
 
 app = typer.Typer(
     name="soundstage",
@@ -28,8 +28,10 @@ app.command("generate")(generate.command)
 app.command("evaluate")(evaluate.command)
 app.command("train")(train.command)
 app.command("sweep")(sweep.command)
+app.add_typer(data.app, name="data")
 app.add_typer(world.app, name="world")
 app.add_typer(models.app, name="models")
+app.command("plan")(plan.command)
 app.command("probe")(probe.command)
 
 

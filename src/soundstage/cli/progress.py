@@ -15,16 +15,16 @@ SECONDS_BETWEEN_LINES = 5.0
 class Advance:
     """`advance()` counts one more unit and `advance(5)` five; `advance.reach(40, note="loss 0.3")`: 40 are done."""
 
-    def __init__(self, show: Callable[[int, str], None]) -> None:
-        self.done, self.note, self._show = 0, "", show
+    def __init__(self, show: Callable[[int, str, int | None], None], total: int | None = None) -> None:
+        self.done, self.note, self.total, self._show = 0, "", total, show
 
     def __call__(self, count: int = 1, note: str = "") -> None:
         self.reach(self.done + count, note)
 
-    def reach(self, done: int, note: str = "") -> None:
-        """Set the number of units done, with a word on the state."""
-        self.done, self.note = done, note
-        self._show(done, note)
+    def reach(self, done: int, note: str = "", total: int | None = None) -> None:
+        """Set the number of units done, with a word on the state; total: of all units, where it is another now."""
+        self.done, self.note, self.total = done, note, self.total if total is None else total
+        self._show(done, note, self.total)
 
 
 @contextmanager
@@ -52,24 +52,24 @@ def _bar(label: str, total: int | None) -> Iterator[Advance]:
     )
     with shown.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total, note="")
-        yield Advance(lambda done, note: bar.update(task, completed=done, note=note))
+        yield Advance(lambda done, note, now: bar.update(task, completed=done, note=note, total=now), total)
 
 
 @contextmanager
 def _lines(label: str, total: int | None) -> Iterator[Advance]:
     start = last = time.monotonic()
 
-    def say(done: int, note: str, now: float) -> None:
+    def say(done: int, note: str, now: float, total: int | None) -> None:
         count = f"{done}/{total}" if total is not None else f"{done}"
         typer.echo(f"{label}: {count} in {now - start:.1f} s{f', {note}' if note else ''}", err=True)
 
-    def show(done: int, note: str) -> None:
+    def show(done: int, note: str, total: int | None) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            say(done, note, now)
+            say(done, note, now, total)
 
-    advance = Advance(show)
+    advance = Advance(show, total)
     yield advance
-    say(advance.done, advance.note, time.monotonic())
+    say(advance.done, advance.note, time.monotonic(), advance.total)

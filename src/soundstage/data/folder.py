@@ -5,15 +5,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
-
-import torch
 
 from soundstage.core.av import MODALITIES
 from soundstage.core.errors import ConfigError
-from soundstage.data.records import ClipShape, Sample, to_media
-from soundstage.media import decode
+from soundstage.data.reading import Window, covering
+from soundstage.data.records import ClipShape, Sample, sample_of
 from soundstage.media.errors import MediaError
 from soundstage.media.probe import MediaInfo, probe
 
@@ -47,6 +45,7 @@ class FolderSource:
             raise ConfigError(f"folder: {config.path} is not a folder; give one that holds clips")
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
         self._windows: list[tuple[MediaInfo, Fraction]] = []
+        self._digests: dict[Path, str] = {}
         for path in files:
             self._windows += self._cut(path)
         if not self._windows:
@@ -59,25 +58,33 @@ class FolderSource:
         texts = [_caption(path) for path in files]
         self.key = sha256(repr((config.hop, config.modalities, stamps, texts)).encode()).hexdigest()
 
-    def item(self, index: int) -> Sample:
-        """Window `index`, decoded; raises MediaError for a file that is damaged within it."""
+    def window(self, index: int) -> Window:
+        """What to decode for sample `index`."""
         info, start = self._windows[index]
         shape, names = self._shape, self._config.modalities
-        clip = decode.read(
-            info.path,
-            start=start,
-            end=start + shape.seconds,
-            fps=shape.rate if "video" in names else None,
-            size=_cover(info, shape.size) if "video" in names else None,
-            sample_rate=shape.sample_rate if "audio" in names else None,
-            channels=shape.channels if "audio" in names else None,
-            video="video" in names,
-            audio="audio" in names,
-        )
-        media = to_media(clip, shape)
-        if "video" in names:
-            media = media.replace(video=_centre(media["video"], shape.size))
-        return Sample(media, _caption(info.path), f"{info.path.stem}@{float(start):g}s")
+        video = info.video if "video" in names else None
+        cover = covering((video.height, video.width), shape.size) if video else None
+        path = Path(info.path)
+        return Window(path, None, start, shape, cover, names, *self.words(index))
+
+    def item(self, index: int) -> Sample:
+        """Window `index`, decoded; raises MediaError for a file that is damaged within it."""
+        return sample_of(self.window(index).read())
+
+    def words(self, index: int) -> tuple[str, str]:
+        """Caption and name of a sample, without decoding it."""
+        info, start = self._windows[index]
+        path = Path(info.path)
+        return _caption(path), f"{path.stem}@{float(start):g}s"
+
+    def digest(self, index: int) -> str:
+        """What the pictures and sounds of a sample follow from: content of its file, and the place of the window."""
+        info, start = self._windows[index]
+        path = Path(info.path)
+        if path not in self._digests:
+            with path.open("rb") as file:
+                self._digests[path] = file_digest(file, "sha256").hexdigest()
+        return repr((self._digests[path], str(start), self._config.modalities))
 
     def _cut(self, path: Path) -> list[tuple[MediaInfo, Fraction]]:
         """Windows of one file; none, with a warning, where it cannot be used."""
@@ -108,16 +115,3 @@ class FolderSource:
 def _caption(path: Path) -> str:
     text = path.with_suffix(".txt")
     return " ".join(text.read_text(encoding="utf-8").split()) if text.is_file() else ""
-
-
-def _cover(info: MediaInfo, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (height, width) of the file's aspect that covers `size`."""
-    assert info.video is not None
-    scale = max(Fraction(size[0], info.video.height), Fraction(size[1], info.video.width))
-    return max(size[0], round(info.video.height * scale)), max(size[1], round(info.video.width * scale))
-
-
-def _centre(video: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The middle (height, width) of (3, F, H, W)."""
-    top, left = ((have - want) // 2 for have, want in zip(video.shape[2:], size, strict=True))
-    return video[:, :, top : top + size[0], left : left + size[1]].contiguous()

@@ -1,9 +1,7 @@
-"""Latents on disk: each clip of a source is encoded once, then training reads batches by (seed, step)."""
+"""Latents as training data: each clip of a source is encoded once, then batches are read by (seed, step)."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -11,18 +9,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from soundstage.core.av import AV, collate
 from soundstage.core.batch import Batch
 from soundstage.core.conditions import Conditions
 from soundstage.core.errors import ConfigError
-from soundstage.data.batching import Order
-from soundstage.data.folder import Folder
+from soundstage.data.batches import Batches, phases_of
+from soundstage.data.latent_cache import LatentCache
+from soundstage.data.mixture import Mixture, Phase
 from soundstage.data.prompts import ready
+from soundstage.data.reading import source_of
 from soundstage.data.records import ClipShape, Source, SourceConfig
+from soundstage.data.workers import MEMORY, Ahead
 
 SHARD = 256
 """Clips per file of the cache."""
@@ -41,8 +40,12 @@ class Latents:
 
     tokenize: captions to Conditions of one row each; see data.prompts.ready. num: clips used, the first of the source
         (None = all of them).
-    cache: folder of the encoded clips; it grows when num does, and one folder serves many sources and codecs.
-    batch_size, device: of the encoding.
+    cache: folder of the encoded clips, known by the codec's weights and by what each clip was made from, so that it
+        grows by what is new, and one folder serves many sources and codecs.
+    batch_size, device: of the encoding. workers: processes that decode for it.
+    mixture, curriculum: shares of categories and lengths, from the first step and from later ones on, for a source that
+        tells them, such as Shards.
+    hold: bytes of latents kept in memory; where there are more, each batch is read from the disk.
     """
 
     source: SourceConfig
@@ -54,60 +57,88 @@ class Latents:
     cache: str = "runs/latents"
     batch_size: int = 16
     device: str = "cpu"
+    workers: int = 0
+    mixture: Mixture | None = None
+    curriculum: tuple[Phase, ...] = ()
+    hold: int = 2**32
 
     def parse(self, text: str) -> Latents:
-        """The same codec and captions on another source: "folder:PATH" takes every clip of a folder."""
-        kind, _, rest = text.partition(":")
-        if kind != "folder" or not rest:
-            raise ConfigError(f"data: {text!r} is not folder:PATH, a folder of clips with a .txt beside each")
-        return replace(self, source=Folder(rest), num=None)
+        """The same codec and captions on another source: "folder:PATH", every clip of a folder, or "shards:URL"."""
+        return replace(self, source=source_of(text), num=None)
 
-    def prepare(self, progress: OnProgress | None = None) -> tuple[list[Path], int]:
-        """Encode what the cache lacks; returns its files and the number of clips. Killed, it goes on where it was."""
+    def prepare(self, progress: OnProgress | None = None) -> tuple[LatentCache, list[str]]:
+        """Encode what the cache lacks; returns it with the keys of the clips. Killed, it goes on where it was."""
+        cache, keys, _ = self._prepared(progress)
+        return cache, keys
+
+    def build(self) -> LatentPool:
+        """The pool; encodes first what the cache lacks."""
+        cache, keys, source = self._prepared(None)
+        labels, buckets = getattr(source, "labels", None), getattr(self.source, "buckets", None)
+        phases = phases_of(self.mixture, self.curriculum)
+        batches = Batches(
+            len(keys),
+            self.seed,
+            labels() if labels and (buckets or phases) else None,
+            phases,
+            buckets.batch_size if buckets else None,
+            self.shape,
+        )
+        told = getattr(source, "words", None)
+        words = [told(i) if told else (entry.caption, entry.id) for i, entry in enumerate(map(cache.entries.get, keys))]
+        pool = LatentPool(cache, keys, words, self.tokenize, batches, self.hold)
+        ready(self.tokenize, pool.captions, None)
+        return pool
+
+    def _prepared(self, progress: OnProgress | None) -> tuple[LatentCache, list[str], Source]:
         source, codec = self.source.build(self.shape), self.codec.build()
         num = self.num if self.num is not None else source.size
         if num is None:
             raise ConfigError("data.num: an endless source needs a number of clips, for example data.num=20000")
         num = num if source.size is None else min(num, source.size)
-        key = sha256(repr((source.key, self.shape, fingerprint(codec))).encode()).hexdigest()[:16]
-        folder = Path(self.cache) / key
-        return _encode(source, codec, folder, num, self, progress), num
-
-    def build(self) -> LatentPool:
-        """The pool in memory; encodes first what the cache lacks."""
-        files, num = self.prepare()
-        pool = LatentPool(files, num, self.tokenize, self.seed)
-        ready(self.tokenize, pool.captions, None)
-        return pool
+        shapes = _shapes(source, self.shape, num)
+        keys = [_key(source, index, shapes[index]) for index in range(num)]
+        cache = LatentCache(Path(self.cache) / fingerprint(codec)[:16])
+        _encode(source, codec, cache, keys, shapes, self, progress)
+        return cache, keys, source
 
 
 class LatentPool:
-    """Encoded clips in memory. `batch` draws every clip once per epoch, in an order made from the seed."""
+    """Encoded clips by step: in memory where they fit there."""
 
     def __init__(
-        self, files: Sequence[Path], num: int, tokenize: Callable[[Sequence[str]], Conditions], seed: int = 0
+        self,
+        cache: LatentCache,
+        keys: Sequence[str],
+        words: Sequence[tuple[str, str]],
+        tokenize: Callable[[Sequence[str]], Conditions],
+        batches: Batches,
+        hold: int = 2**32,
     ) -> None:
-        parts: list[dict[str, Tensor]] = []
-        self.captions: list[str] = []
-        self.ids: list[str] = []
-        for file in files:
-            tensors, captions, ids = read_shard(file)
-            parts.append(tensors)
-            self.captions += captions
-            self.ids += ids
-        self.latents = AV(**{name: torch.cat([part[name] for part in parts])[:num] for name in parts[0]})
-        self._order = Order(num, seed)
-        self._tokenize = tokenize
+        self.captions = [caption for caption, _ in words]
+        self.ids = [name for _, name in words]
+        self._cache, self._keys = cache, list(keys)
+        self._tokenize, self._batches = tokenize, batches
+        self._held: list[AV[Tensor]] | None = None
+        self._whole: AV[Tensor] | None = None
+        if cache.bytes(keys) <= hold:
+            held = [cache.get(key) for key in keys]
+            alike = len({tuple((name, x.shape) for name, x in one.items()) for one in held}) == 1
+            self._whole, self._held = (collate(held), None) if alike else (None, held)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._keys)
 
     def batch(self, step: int, size: int) -> Batch:
-        """Samples step * size onwards of the shuffled epochs; latents as float32."""
-        index = self._order.take(step * size, size)
-        x0 = self.latents.map(lambda x: x[index].float())
-        captions = [self.captions[i] for i in index.tolist()]
-        return Batch(x0, self._tokenize(captions), tuple(self.ids[i] for i in index.tolist()))
+        """The batch of a step; latents as float32. Of several shapes it has one, and as many clips as cost the same."""
+        index = self._batches.take(step, size)
+        chosen = index.tolist()
+        if self._whole is not None:
+            x0 = self._whole.map(lambda x: x[index].float())
+        else:
+            latents = [self._held[i] if self._held else self._cache.get(self._keys[i]) for i in chosen]
+            x0 = collate(latents).map(lambda x: x.float())
+        return Batch(x0, self._tokenize([self.captions[i] for i in chosen]), tuple(self.ids[i] for i in chosen))
 
 
 def fingerprint(codec: Any) -> str:  # noqa: ANN401
@@ -121,74 +152,68 @@ def fingerprint(codec: Any) -> str:  # noqa: ANN401
     return digest.hexdigest()
 
 
-def read_shard(file: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """(latents per modality, captions, ids) of one file of the cache."""
-    with safe_open(str(file), "pt") as opened:
-        told = opened.metadata()
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return tensors, json.loads(told["captions"]), json.loads(told["ids"])
+def _shapes(source: Source, shape: ClipShape, num: int) -> list[ClipShape]:
+    """The shape of every sample."""
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        return [shape] * num
+    found = labels()
+    return [found.shapes[number] for number in found.shape[:num].tolist()]
+
+
+def _key(source: Source, index: int, shape: ClipShape) -> str:
+    """What a clip's latents follow from, beside the codec."""
+    digest = getattr(source, "digest", None)
+    made_from = digest(index) if digest else f"{source.key}#{index}"
+    return sha256(repr((made_from, shape)).encode()).hexdigest()[:32]
 
 
 def _encode(
     source: Source,
     codec: Any,  # noqa: ANN401
-    folder: Path,
-    num: int,
+    cache: LatentCache,
+    keys: Sequence[str],
+    shapes: Sequence[ClipShape],
     config: Latents,
     progress: OnProgress | None,
-) -> list[Path]:
-    """Write the shards that are missing; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+) -> None:
+    """Encode the clips that are missing, a file of the cache at a time."""
+    missing = [index for index, key in enumerate(keys) if key not in cache]
+    done = len(keys) - len(missing)
+    if progress and done:
+        progress(done, len(keys))
+    if not missing:
+        return
     if isinstance(codec, nn.Module):
         codec.eval().to(config.device)
-    files = []
-    for start in range(0, num, SHARD):
-        stop = min(start + SHARD, num)
-        file = folder / f"clips-{start:08d}.safetensors"
-        files.append(file)
-        if _holds(file) < stop - start:
-            latents, captions, ids = _encode_range(source, codec, range(start, stop), config, progress, num)
-            told = {"captions": json.dumps(captions), "ids": json.dumps(ids)}
-            part = file.with_suffix(f".{os.getpid()}.part")
-            save_file({name: x.half().contiguous() for name, x in latents.items()}, str(part), told)
-            part.replace(file)
-        elif progress:
-            progress(stop, num)
-    return files
-
-
-def _encode_range(
-    source: Source,
-    codec: Any,  # noqa: ANN401
-    indices: range,
-    config: Latents,
-    progress: OnProgress | None,
-    num: int,
-) -> tuple[AV[Tensor], list[str], list[str]]:
-    parts, captions, ids = [], [], []
-    for chunk in _chunks(indices, config.batch_size):
-        samples = [source.item(index) for index in chunk]
-        with torch.inference_mode():
-            encoded = codec.encode(collate([sample.media for sample in samples]).to(config.device))
-        parts.append(encoded.map(lambda x: x.float().cpu().clone()))
-        captions += [sample.caption for sample in samples]
-        ids += [sample.id for sample in samples]
-        if progress:
-            progress(chunk[-1] + 1, num)
-    first, *rest = parts
-    return first.map(lambda *tensors: torch.cat(tensors), *rest), captions, ids
-
-
-def _chunks(indices: range, size: int) -> Iterator[range]:
-    return (indices[i : i + size] for i in range(0, len(indices), size))
-
-
-def _holds(file: Path) -> int:
-    """Clips in a shard; 0 when it is missing or damaged."""
-    if not file.exists():
-        return 0
+    reading = Ahead(source, dict.fromkeys(shapes), config.workers, MEMORY)
     try:
-        with safe_open(str(file), "pt") as opened:
-            return len(json.loads(opened.metadata()["ids"]))
-    except (SafetensorError, KeyError, TypeError):
-        return 0
+        for start in range(0, len(missing), SHARD):
+            file = missing[start : start + SHARD]
+            latents: list[AV[Tensor]] = []
+            words: list[tuple[str, str]] = []
+            for chunk in _chunks(file, shapes, config.batch_size):
+                reading.expect(missing[start + len(latents) : start + len(latents) + 4 * config.batch_size])
+                media, captions, names = reading.batch(chunk)
+                with torch.inference_mode():
+                    encoded = codec.encode(media.to(config.device))
+                encoded = encoded.map(lambda x: x.float().cpu().clone())
+                latents += [encoded.map(lambda x, i=i: x[i]) for i in range(len(chunk))]
+                words += zip(captions, names, strict=True)
+                if progress:
+                    progress(done + start + len(latents), len(keys))
+            cache.add([keys[index] for index in file], latents, words)
+    finally:
+        reading.close()
+
+
+def _chunks(indices: Sequence[int], shapes: Sequence[ClipShape], size: int) -> Iterator[list[int]]:
+    """Neighbours of one shape, at most `size` at a time."""
+    chunk: list[int] = []
+    for index in indices:
+        if chunk and (len(chunk) == size or shapes[index] != shapes[chunk[0]]):
+            yield chunk
+            chunk = []
+        chunk.append(index)
+    if chunk:
+        yield chunk

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -11,38 +11,11 @@ import torch
 from torch import Tensor
 
 from soundstage.core.av import AV
+from soundstage.data.reading import Raw
+from soundstage.data.shapes import ClipShape
 from soundstage.media.clip import Clip
-from soundstage.media.geometry import frame_rate
 
-
-@dataclass(frozen=True)
-class ClipShape:
-    """The clips a model takes. size: (height, width) in pixels; fps as a number or text, exact as a Fraction.
-
-    num_samples: None = as many as sound while num_frames frames are shown.
-    """
-
-    fps: Fraction | float | str = 16
-    size: tuple[int, int] = (64, 64)
-    num_frames: int = 33
-    sample_rate: int = 16000
-    channels: int = 1
-    num_samples: int | None = None
-
-    @property
-    def rate(self) -> Fraction:
-        """Frames per second, exact."""
-        return frame_rate(self.fps)
-
-    @property
-    def seconds(self) -> Fraction:
-        """Length of the picture, exact."""
-        return self.num_frames / self.rate
-
-    @property
-    def samples(self) -> int:
-        """Samples of sound per channel."""
-        return self.num_samples or round(self.seconds * self.sample_rate)
+__all__ = ["ClipShape", "Sample", "Source", "SourceConfig", "media_of", "raw_of", "sample_of", "to_media"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +31,10 @@ class Source(Protocol):
     """Clips by index: pure, so that data order needs no state. `size` is None for an endless source.
 
     `key` names the content: two sources with the same key give the same clips.
+
+    A source may offer more. `window(index)`, which has `read() -> Raw` and can be sent to a worker; `words(index)`, the
+    caption and name of a sample without decoding it; `digest(index)`, a text that its media follow from, so that what
+    is made of them is kept by it; `labels()`, a data.batches.Labels of shapes, categories and lengths.
     """
 
     size: int | None
@@ -87,3 +64,36 @@ def to_media(clip: Clip, shape: ClipShape) -> AV[Tensor]:
         wave = clip.wave[:, : shape.samples]
         audio = torch.from_numpy(np.pad(wave, ((0, 0), (0, shape.samples - wave.shape[1])))).float()
     return AV(video, audio)
+
+
+def sample_of(raw: Raw) -> Sample:
+    """A decoded clip as tensors."""
+    return Sample(media_of([raw]).map(lambda x: x[0]), raw.caption, raw.id)
+
+
+def media_of(raws: Sequence[Raw]) -> AV[Tensor]:
+    """Decoded clips of one shape as a batch: video (B, 3, F, H, W) and audio (B, channels, samples)."""
+    video = audio = None
+    first = raws[0]
+    if first.frames is not None:
+        frames, height, width, colours = first.frames.shape
+        video = torch.empty(len(raws), colours, frames, height, width)
+        for row, raw in zip(video, raws, strict=True):
+            assert raw.frames is not None
+            # bytes are turned round before they become four times as many
+            pixels = np.ascontiguousarray(raw.frames.transpose(3, 0, 1, 2))
+            row.copy_(torch.from_numpy(pixels)).div_(127.5).sub_(1)
+    if first.wave is not None:
+        audio = torch.from_numpy(np.stack([raw.wave for raw in raws]))
+    return AV(video, audio)
+
+
+def raw_of(sample: Sample, sample_rate: int) -> Raw:
+    """Tensors as a decoded clip: 8-bit pixels, and sound as it is."""
+    frames = wave = None
+    if "video" in sample.media:
+        pixels = ((sample.media["video"] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        frames = pixels.permute(1, 2, 3, 0).contiguous().numpy()
+    if "audio" in sample.media:
+        wave = sample.media["audio"].float().numpy()
+    return Raw(frames, wave, sample.caption, sample.id, sample_rate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,18 @@ import numpy as np
 from soundstage.media.clip import Clip
 from soundstage.media.errors import MediaError
 from soundstage.media.geometry import Seconds, exact, frame_rate, half_up
-from soundstage.media.probe import Source, display_matrix, find, has_file, import_av, open_file, read_tags, stream_rate
+from soundstage.media.probe import (
+    Source,
+    Stored,
+    display_matrix,
+    find,
+    has_file,
+    import_av,
+    located,
+    open_file,
+    read_tags,
+    stream_rate,
+)
 from soundstage.media.waves import resampler, to_channels
 
 if TYPE_CHECKING:
@@ -28,7 +39,7 @@ UNSTAMPED = {"mpeg", "mpegvideo", "h264", "hevc", "m4v"}
 
 
 def read(
-    path: str | Path,
+    path: str | Path | Stored,
     *,
     start: Seconds = 0.0,
     end: Seconds | None = None,
@@ -38,8 +49,9 @@ def read(
     channels: int | None = None,
     video: bool = True,
     audio: bool = True,
+    threads: int | None = None,
 ) -> Clip:
-    """Decode the range [start, end) in seconds of `path` (a file or an image folder).
+    """Decode the range [start, end) in seconds of `path` (a file, an image folder, or a member of an archive).
 
     fps: None keeps the frames of the file, with `Clip.times` where they are unevenly spaced. Otherwise frames are
         repeated or dropped, each shown within half a frame of its own time, and start and end move to whole frames.
@@ -47,32 +59,33 @@ def read(
     sample_rate, channels: None keeps the file's.
     video: False leaves the picture out; True requires one.
     audio: False leaves the sound out; True takes it where there is any (with video=False: requires it).
+    threads: of the picture's decoder; None lets it choose, 1 is right where many processes decode side by side.
 
     Second 0 of the clip is its first frame (or `start`, where frames are unevenly spaced), so that picture and sound
     keep their exact relation; consecutive ranges join without gap or overlap. A range shorter than a frame holds the
     frame on screen; one that passes the end of the file is cut there. Raises MediaError for a file that is missing,
     empty, damaged, shorter within the range than its header declares, or without what was asked.
     """
-    path = Path(path)
+    path = located(path)
     first, last = _range(path, start, end)
     if not video and not audio:
         raise MediaError("neither picture nor sound was asked", remedy="leave video or audio True", path=path)
     shot = _Picture(fps=Fraction(25), zero=first, until=last)
-    tags: dict[str, str] = {}
     if video:
-        shot = _read_picture(path, first, last, fps, size)
+        shot = _read_picture(path, first, last, fps, size, threads)
     wave, rate = None, None
     if audio and has_file(path, "audio"):
         wave, rate = _read_sound(path, shot.zero, shot.until, sample_rate, channels, required=not video)
     elif not video:
         raise MediaError("holds no sound", remedy="leave video=True to read its picture", path=path)
-    with open_file(path, "video" if video else "audio") as container:
-        tags = read_tags(path, container)
-    return Clip(shot.frames, shot.fps if video else None, wave, rate, shot.times, tags)
+    if not video:
+        with open_file(path, "audio") as container:
+            shot.tags = read_tags(path, container)
+    return Clip(shot.frames, shot.fps if video else None, wave, rate, shot.times, shot.tags)
 
 
 def frames(
-    path: str | Path,
+    path: str | Path | Stored,
     *,
     start: Seconds = 0.0,
     end: Seconds | None = None,
@@ -80,7 +93,7 @@ def frames(
     size: tuple[int, int] | None = None,
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (seconds in the file, (H, W, 3) uint8 RGB) one frame at a time; the arguments are those of `read`."""
-    path = Path(path)
+    path = located(path)
     first, last = _range(path, start, end)
     for time, frame in _frames(path, first, last, fps, size, _Stream()):
         yield float(time), frame
@@ -95,6 +108,7 @@ class _Picture:
     until: Fraction | None
     frames: np.ndarray | None = None
     times: np.ndarray | None = None
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,6 +118,7 @@ class _Stream:
     phase: seconds at which the picture starts. tick: seconds by which timestamps may be rounded.
     end: seconds at which the last frame decoded so far ends.
     packets: packets read, where decoding began at the beginning. fault: why decoding stopped early.
+    tags: of the container. threads: of the decoder, asked for beforehand.
     """
 
     fps: Fraction = Fraction(25)
@@ -112,9 +127,11 @@ class _Stream:
     end: Fraction | None = None
     packets: int | None = None
     fault: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None
 
 
-def _range(path: Path, start: Seconds, end: Seconds | None) -> tuple[Fraction, Fraction | None]:
+def _range(path: Path | Stored, start: Seconds, end: Seconds | None) -> tuple[Fraction, Fraction | None]:
     first, last = exact(start, "start"), None if end is None else exact(end, "end")
     if first < 0 or (last is not None and last <= first):
         raise MediaError(f"range {start} to {end} s is empty", remedy="give 0 <= start < end", path=path)
@@ -122,9 +139,14 @@ def _range(path: Path, start: Seconds, end: Seconds | None) -> tuple[Fraction, F
 
 
 def _read_picture(
-    path: Path, first: Fraction, last: Fraction | None, fps: Seconds | None, size: tuple[int, int] | None
+    path: Path | Stored,
+    first: Fraction,
+    last: Fraction | None,
+    fps: Seconds | None,
+    size: tuple[int, int] | None,
+    threads: int | None,
 ) -> _Picture:
-    stream = _Stream()
+    stream = _Stream(threads=threads)
     pictures, times = [], []
     for time, frame in _frames(path, first, last, fps, size, stream):
         pictures.append(frame)
@@ -141,7 +163,7 @@ def _read_picture(
     if last is None or (until is not None and until < last - 1 / rate):
         until = last
     offsets = None if even else np.array([float(max(time - zero, Fraction(0))) for time in times])
-    return _Picture(rate, zero, until, _stack(pictures), offsets)
+    return _Picture(rate, zero, until, _stack(pictures), offsets, stream.tags)
 
 
 def _stack(pictures: list[np.ndarray]) -> np.ndarray:
@@ -154,7 +176,7 @@ def _stack(pictures: list[np.ndarray]) -> np.ndarray:
 
 
 def _frames(
-    path: Path,
+    path: Path | Stored,
     first: Fraction,
     last: Fraction | None,
     fps: Seconds | None,
@@ -170,7 +192,7 @@ def _frames(
 
 
 def _native(
-    path: Path, first: Fraction, last: Fraction | None, to_rgb: Callable, stream: _Stream
+    path: Path | Stored, first: Fraction, last: Fraction | None, to_rgb: Callable, stream: _Stream
 ) -> Iterator[tuple[Fraction, np.ndarray]]:
     """Frames that begin within the range or, where none does, the one that is on screen at its start."""
     on_screen = None
@@ -188,7 +210,7 @@ def _native(
 
 
 def _on_grid(
-    path: Path, first: Fraction, last: Fraction | None, fps: Fraction, to_rgb: Callable, stream: _Stream
+    path: Path | Stored, first: Fraction, last: Fraction | None, fps: Fraction, to_rgb: Callable, stream: _Stream
 ) -> Iterator[tuple[Fraction, np.ndarray]]:
     """Frame n of the grid is the last one whose own time rounds to n or less."""
     index = half_up(first * fps)
@@ -212,7 +234,7 @@ def _on_grid(
 
 
 def _decoded(
-    path: Path, first: Fraction, last: Fraction | None, stream: _Stream
+    path: Path | Stored, first: Fraction, last: Fraction | None, stream: _Stream
 ) -> Iterator[tuple[Fraction, VideoFrame]]:
     """(seconds, decoded frame), beginning with the last frame at or before `first`; notes facts in `stream`.
 
@@ -227,7 +249,9 @@ def _decoded(
                 raise MediaError("holds no picture", remedy=remedy, path=path)
             if back is not None and container.format.name in UNSTAMPED:
                 continue
-            stream.fps = stream_rate(source.stream)
+            stream.fps, stream.tags = stream_rate(source.stream), read_tags(path, container)
+            if stream.threads is not None:
+                source.stream.codec_context.thread_count = stream.threads
             stream.phase = max(Fraction(0), (source.stream.start_time or 0) * source.stream.time_base - source.origin)
             stream.tick = min(Fraction(source.stream.time_base), 1 / (4 * stream.fps))
             held = None
@@ -271,7 +295,7 @@ def _from(source: Source, seek_to: Fraction | None, stream: _Stream) -> Iterator
         stream.fault = error.strerror or "damaged"
 
 
-def _check_end(path: Path, source: Source, stream: _Stream, last: Fraction | None) -> None:
+def _check_end(path: Path | Stored, source: Source, stream: _Stream, last: Fraction | None) -> None:
     """Refuse a picture that stopped before the end of the range and before what its header declares.
 
     Two frames are allowed for the rounding of headers.
@@ -322,7 +346,7 @@ def _converter(size: tuple[int, int] | None) -> Callable[[VideoFrame], np.ndarra
 
 
 def _read_sound(
-    path: Path,
+    path: Path | Stored,
     zero: Fraction,
     until: Fraction | None,
     sample_rate: int | None,
@@ -349,7 +373,7 @@ def _read_sound(
         begin = half_up(zero * rate) - anchor * rate
         stop = None if until is None else half_up(until * rate) - anchor * rate
         pieces, position = [], 0
-        for chunk, is_last in _chunks(path, source, anchor, native, until):
+        for chunk, is_last in _joined(_chunks(path, source, anchor, native, until), native // 2):
             out = convert(to_channels(chunk, count), is_last)
             low, high = max(begin - position, 0), out.shape[1] if stop is None else max(stop - position, 0)
             if out[:, low:high].shape[1]:
@@ -365,8 +389,20 @@ def _read_sound(
     return (np.concatenate(pieces, axis=1) if pieces else np.zeros((count, 0), np.float32)), rate
 
 
+def _joined(chunks: Iterator[tuple[np.ndarray, bool]], size: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """The same sound in pieces of at least `size` samples, but for the last: packets are short."""
+    held: list[np.ndarray] = []
+    num = 0
+    for chunk, is_last in chunks:
+        held.append(chunk)
+        num += chunk.shape[1]
+        if is_last or num >= size:
+            yield (held[0] if len(held) == 1 else np.concatenate(held, axis=1)), is_last
+            held, num = [], 0
+
+
 def _chunks(
-    path: Path, source: Source, anchor: int, rate: int, until: Fraction | None
+    path: Path | Stored, source: Source, anchor: int, rate: int, until: Fraction | None
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """((channels, samples) float32, whether it is the last) without gap or overlap from second `anchor` on.
 
@@ -378,10 +414,17 @@ def _chunks(
     if anchor:
         source.container.seek(int((anchor + source.origin) / base), stream=stream)
     end = None if source.end is None else half_up(source.end * rate) - anchor * rate
+    # (pts x base - begin) x rate, halves upwards, in whole numbers: this is done for every packet
+    begin = source.origin + anchor
+    factor, offset = base.numerator * begin.denominator, begin.numerator * base.denominator
+    divisor = base.denominator * begin.denominator
     position, pending = 0, np.zeros((stream.codec_context.channels, 0), np.float32)
     for frame in source.container.decode(stream):
-        block = np.concatenate([part.to_ndarray() for part in to_float.resample(frame)], axis=1)
-        stamp = position if frame.pts is None else half_up((frame.pts * base - source.origin - anchor) * rate)
+        parts = [part.to_ndarray() for part in to_float.resample(frame)]
+        block = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        stamp = position
+        if frame.pts is not None:
+            stamp = (2 * (frame.pts * factor - offset) * rate + divisor) // (2 * divisor)
         if stamp > position and (position == 0 or stamp - position > rate // 20):
             while position < stamp and (end is None or position < end):
                 yield pending, False

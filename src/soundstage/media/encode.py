@@ -68,12 +68,14 @@ def write(
     preset: str = "veryfast",
     audio_bitrate: int | None = None,
     metadata: dict[str, str] | None = None,
+    threads: int = THREADS,
 ) -> Path:
     """Write `clip` in the format of the suffix of `path` (no suffix: a new folder of PNG images); returns the path.
 
     crf: constant quality, 0 (best) to 51 for mp4, to 63 for webm. preset: speed of h264, "ultrafast" to "veryslow".
     audio_bitrate: bits per second; None means 80 000 per channel.
-    metadata: tags added to those of the clip.
+    metadata: tags added to those of the clip. threads: of the encoder; other numbers give other bytes, and 1 is right
+    where many processes encode side by side.
 
     Each format holds what it can: gif has no sound, wav, flac and m4a have no picture; wav, flac and images are
     lossless at 16 and 8 bits. h264 needs even sizes, so an odd last row or column is doubled. Raises MediaError.
@@ -95,7 +97,7 @@ def write(
         if target.muxer == "image2":
             _write_folder(clip, part)
         else:
-            _write_file(clip, part, target, crf=crf, preset=preset, audio_bitrate=audio_bitrate)
+            _write_file(clip, part, target, crf=crf, preset=preset, audio_bitrate=audio_bitrate, threads=threads)
     return path
 
 
@@ -175,6 +177,7 @@ def _write_file(
     crf: int = 18,
     preset: str = "veryfast",
     audio_bitrate: int | None = None,
+    threads: int = THREADS,
 ) -> None:
     av = import_av()
     if clip.wave is not None and target.rates and clip.sample_rate not in target.rates:
@@ -188,12 +191,12 @@ def _write_file(
             options["movflags"] += "+use_metadata_tags"
     with av.open(str(part), "w", format=target.muxer, options=options) as container:
         container.metadata.update(clip.metadata)
-        video = None if clip.frames is None else _add_video(container, clip, target.video, crf, preset)
+        video = None if clip.frames is None else _add_video(container, clip, target.video, crf, preset, threads)
         audio = None if clip.wave is None else _add_audio(container, clip, target.audio, audio_bitrate)
         _mux(container, clip, video, audio)
 
 
-def _add_video(container: OutputContainer, clip: Clip, codec: str, crf: int, preset: str) -> VideoStream:
+def _add_video(container: OutputContainer, clip: Clip, codec: str, crf: int, preset: str, threads: int) -> VideoStream:
     group = str(max(1, half_up(2 * clip.fps)))  # a key frame every 2 s: cheap seeking
     # The quickest routines of x264 read memory beyond small pictures, so that about one file in twenty came out with
     # other bytes; the ones that are the same on every processor do not.
@@ -204,7 +207,7 @@ def _add_video(container: OutputContainer, clip: Clip, codec: str, crf: int, pre
     stream = container.add_stream(codec, rate=clip.fps, options=options)
     context = stream.codec_context
     context.time_base = 1 / clip.fps if clip.times is None else UNEVEN_TICK
-    context.thread_count = THREADS
+    context.thread_count = threads
     height, width = clip.frames.shape[1:3]
     context.pix_fmt = "yuv420p"
     if codec == "libx264":

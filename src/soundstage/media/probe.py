@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,7 +29,18 @@ FORMATS = (
     "wav,w64,aiff,caf,flac,mp3,aac,ac3,eac3,gif,apng,image2,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
 )
 FRAME_FILES, SOUND_FILE, CLIP_FILE = "%06d.png", "sound.wav", "clip.json"
+BUFFER = 2**17
+"""Bytes that a container reads at a time."""
 CONTAINER_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time", "duration"}
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A media file that is no file of its own, such as a member of an archive. Its path is what messages call it."""
+
+    def open_bytes(self) -> BinaryIO: ...
+
+    def __fspath__(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class AudioInfo:
 class MediaInfo:
     """What a file holds: its best picture and sound streams (None where there is none), seconds, container tags."""
 
-    path: Path
+    path: Path | Stored
     format: str
     duration: float
     video: VideoInfo | None
@@ -93,9 +104,14 @@ def import_av() -> ModuleType:
     return av
 
 
-def probe(path: str | Path) -> MediaInfo:
+def located(path: str | Path | Stored) -> Path | Stored:
+    """A path as one, what is stored as it is."""
+    return path if isinstance(path, Stored) else Path(path)
+
+
+def probe(path: str | Path | Stored) -> MediaInfo:
     """Read the header and the first frame of `path` (a file, or an image folder). Raises MediaError."""
-    path = Path(path)
+    path = located(path)
     video = audio = None
     with open_file(path, "video") as container:
         name, tags, count = container.format.name, read_tags(path, container), len(container.streams)
@@ -114,31 +130,24 @@ def probe(path: str | Path) -> MediaInfo:
     return MediaInfo(path, name, duration, video, audio, tags, count)
 
 
-def has_file(path: Path, kind: Kind) -> bool:
+def has_file(path: Path | Stored, kind: Kind) -> bool:
     """Whether there is a file to open for this kind (an image folder may have no sound file)."""
-    return not path.is_dir() or kind == "video" or (path / SOUND_FILE).exists()
+    return isinstance(path, Stored) or not path.is_dir() or kind == "video" or (path / SOUND_FILE).exists()
 
 
 @contextmanager
-def open_file(path: Path, kind: Kind) -> Iterator[InputContainer]:
+def open_file(path: Path | Stored, kind: Kind) -> Iterator[InputContainer]:
     """Open the file of `path` that holds `kind`; every failure while it is open becomes a MediaError."""
     av = import_av()
-    file, options, name = str(path), {"format_whitelist": FORMATS}, None
-    fault = "is not a media file of a known kind"
+    options: dict[str, str] = {"format_whitelist": FORMATS}
+    file: str | BinaryIO = ""
+    name, fault = None, "is not a media file of a known kind"
     try:
-        if path.is_dir() and kind == "audio":
-            file = str(path / SOUND_FILE)
-        elif path.is_dir():
-            if not (path / (FRAME_FILES % 0)).exists():
-                reason = f"folder holds no {FRAME_FILES % 0}"
-                raise MediaError(reason, remedy="give a file or an image folder", path=path)
-            file, name = str(path).replace("%", "%%") + "/" + FRAME_FILES, "image2"
-            options |= {"framerate": _folder(path).get("fps", "24"), "start_number": "0"}
-        elif not path.exists():
-            raise MediaError("no such file", remedy="check the path", path=path)
-        elif path.stat().st_size == 0:
-            raise MediaError("file is empty", remedy="write or download it again", path=path)
-        with av.open(file, format=name, options=options, metadata_errors="replace") as container:
+        if isinstance(path, Stored):
+            file = path.open_bytes()
+        else:
+            file, name = _file(path, kind, options)
+        with av.open(file, format=name, options=options, metadata_errors="replace", buffer_size=BUFFER) as container:
             fault = "is damaged"
             yield container
     except av.error.FFmpegError as error:
@@ -151,6 +160,26 @@ def open_file(path: Path, kind: Kind) -> Iterator[InputContainer]:
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
         raise MediaError(reason, remedy="check the path and its rights", path=path) from error
+    finally:
+        if not isinstance(file, str):
+            file.close()
+
+
+def _file(path: Path, kind: Kind, options: dict[str, str]) -> tuple[str, str | None]:
+    """Name and format (None = by content) of the file to open; adds to the options. Raises MediaError."""
+    if path.is_dir() and kind == "audio":
+        return str(path / SOUND_FILE), None
+    if path.is_dir():
+        if not (path / (FRAME_FILES % 0)).exists():
+            reason = f"folder holds no {FRAME_FILES % 0}"
+            raise MediaError(reason, remedy="give a file or an image folder", path=path)
+        options |= {"framerate": _folder(path).get("fps", "24"), "start_number": "0"}
+        return str(path).replace("%", "%%") + "/" + FRAME_FILES, "image2"
+    if not path.exists():
+        raise MediaError("no such file", remedy="check the path", path=path)
+    if path.stat().st_size == 0:
+        raise MediaError("file is empty", remedy="write or download it again", path=path)
+    return str(path), None
 
 
 def find(container: InputContainer, kind: Kind) -> Source | None:
@@ -165,9 +194,10 @@ def find(container: InputContainer, kind: Kind) -> Source | None:
     return Source(container, stream, origin, _declared_end(container, stream, origin))
 
 
-def read_tags(path: Path, container: InputContainer) -> dict[str, str]:
+def read_tags(path: Path | Stored, container: InputContainer) -> dict[str, str]:
     """The tags a person wrote (title, comment, ...), with lower-case keys."""
-    tags = _folder(path).get("metadata", {}) if path.is_dir() else container.metadata
+    folder = not isinstance(path, Stored) and path.is_dir()
+    tags = _folder(path).get("metadata", {}) if folder else container.metadata
     return {key.lower(): value for key, value in tags.items() if key.lower() not in CONTAINER_TAGS}
 
 
@@ -215,7 +245,7 @@ def _declared_end(container: InputContainer, stream: Stream, origin: Fraction) -
     return Fraction(container.duration, 1_000_000) if only and container.duration else None
 
 
-def _video_info(path: Path, source: Source) -> VideoInfo:
+def _video_info(path: Path | Stored, source: Source) -> VideoInfo:
     stream, fps = source.stream, stream_rate(source.stream)
     irregular = _irregular(source)
     source.container.seek(0)

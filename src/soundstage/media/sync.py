@@ -39,10 +39,19 @@ class Offset:
 
 def onset_envelope(wave: np.ndarray, sample_rate: int) -> np.ndarray:
     """(channels, samples) -> (steps,) rise of the log level over its maximum in the last 20 ms, 500 steps a second."""
+    return rise(levels(wave, sample_rate))
+
+
+def levels(wave: np.ndarray, sample_rate: int) -> np.ndarray:
+    """(channels, samples) -> (steps,) root mean square of the mix, 500 steps a second."""
     mono = wave.mean(axis=0, dtype=np.float64)
     edges = np.arange(int(len(mono) * ENVELOPE_RATE / sample_rate) + 1) * sample_rate // ENVELOPE_RATE
     power = np.diff(np.concatenate([[0.0], np.cumsum(mono**2)])[edges]) / np.maximum(np.diff(edges), 1)
-    level = np.sqrt(np.maximum(power, 0))
+    return np.sqrt(np.maximum(power, 0))
+
+
+def rise(level: np.ndarray) -> np.ndarray:
+    """(steps,) of `levels` -> (steps,) of `onset_envelope`."""
     if not len(level) or level.max() < 1e-5:
         return np.zeros(len(level))
     log_level = np.log(level + 0.02 * level.max())
@@ -57,10 +66,9 @@ def audio_onsets(wave: np.ndarray, sample_rate: int, *, threshold: float = 0.3, 
 
     threshold: rise of the natural log of the level that counts. gap: seconds after an onset without another.
     """
-    rise = onset_envelope(wave, sample_rate)
     mono = np.abs(wave.mean(axis=0))
     onsets: list[float] = []
-    for step in np.flatnonzero(rise > threshold):
+    for step in np.flatnonzero(onset_envelope(wave, sample_rate) > threshold):
         low = max(0, (int(step) - 1) * sample_rate // ENVELOPE_RATE)
         high = (int(step) + 5) * sample_rate // ENVELOPE_RATE
         before = mono[max(0, low - sample_rate // 50) : low].max(initial=0.0)
@@ -113,9 +121,13 @@ def motion_impulse(frames: np.ndarray) -> np.ndarray:
     impulse[i] = 2 max(c(i - 1, i), c(i, i + 1)) - c(i - 1, i + 1), c the mean absolute change of brightness. In steady
     motion the two swept areas add up and it is 0; where motion turns back the frames on either side are alike.
     """
-    cells = _cells(frames)
-    impulse = np.zeros(len(frames))
-    if len(frames) > 2:
+    return impulse_of(_cells(frames))
+
+
+def impulse_of(cells: np.ndarray) -> np.ndarray:
+    """(F, h, w) float brightness of about 48 rows -> (F,) of `motion_impulse`."""
+    impulse = np.zeros(len(cells))
+    if len(cells) > 2:
         near, far = _change(cells, 1), _change(cells, 2)
         impulse[1:-1] = np.maximum(2 * np.maximum(near[:-1], near[1:]) - far, 0)
     return impulse
@@ -147,7 +159,11 @@ def motion_events(frames: np.ndarray, times: np.ndarray, *, threshold: float = 0
     The peaks of `motion_impulse` that stand out by `threshold` of the largest, placed between frames by a parabola. A
     flash of one frame is placed on that frame.
     """
-    impulse = motion_impulse(frames)
+    return impulse_events(motion_impulse(frames), times, threshold=threshold)
+
+
+def impulse_events(impulse: np.ndarray, times: np.ndarray, *, threshold: float = 0.3) -> np.ndarray:
+    """(F,) of `motion_impulse` at (F,) seconds -> (N,) seconds of `motion_events`."""
     if impulse.max(initial=0) < 0.05:
         return np.zeros(0)
     base = float(np.median(impulse))
@@ -230,12 +246,22 @@ def clip_offset(clip: Clip) -> Offset:
     """
     if clip.frames is None or clip.wave is None or clip.sample_rate is None or clip.fps is None:
         raise MediaError("offset: the clip lacks picture or sound", remedy="give a clip with both")
-    visual = motion_events(clip.frames, clip.frame_times)
-    audio = audio_onsets(clip.wave, clip.sample_rate)
-    lag, peak = _correlate(clip)
+    impulse, envelope = motion_impulse(clip.frames), onset_envelope(clip.wave, clip.sample_rate)
+    onsets = audio_onsets(clip.wave, clip.sample_rate)
+    return curve_offset(impulse, clip.frame_times, float(clip.fps), envelope, onsets)
+
+
+def curve_offset(impulse: np.ndarray, times: np.ndarray, fps: float, envelope: np.ndarray, audio: np.ndarray) -> Offset:
+    """`clip_offset` of a clip known only by its curves.
+
+    impulse: (F,) of `motion_impulse` at (F,) seconds. envelope: (steps,) of `onset_envelope`, from second 0.
+    audio: (N,) seconds of `audio_onsets`.
+    """
+    visual = impulse_events(impulse, times)
+    lag, peak = _correlate(impulse, times, fps, envelope)
     if peak <= 0:
         return Offset(float("nan"), float("nan"), 0.0, 0, len(visual), len(audio))
-    pairs = match(visual, audio, lag=lag, gate=max(1.5 / float(clip.fps), NEAR))
+    pairs = match(visual, audio, lag=lag, gate=max(1.5 / fps, NEAR))
     fewer = min(len(visual), len(audio))
     confidence = 1 / (1 + np.exp(10.6 - 12.6 * peak - 7.5 * np.log1p(len(pairs)) + 3.4 * np.log1p(fewer)))
     late = audio[pairs[:, 1]] - visual[pairs[:, 0]] if len(pairs) > 1 else np.array([lag])
@@ -244,16 +270,14 @@ def clip_offset(clip: Clip) -> Offset:
     return Offset(1000 * median, 1000 * spread, float(confidence), len(pairs), len(visual), len(audio))
 
 
-def _correlate(clip: Clip) -> tuple[float, float]:
+def _correlate(impulse: np.ndarray, times: np.ndarray, fps: float, rise: np.ndarray) -> tuple[float, float]:
     """(lag in seconds of the highest correlation, its height)."""
-    rise = onset_envelope(clip.wave, clip.sample_rate)
-    impulse = motion_impulse(clip.frames)
     if len(rise) < 2 or not rise.any() or not impulse.any():
         return 0.0, 0.0
     grid = (np.arange(len(rise)) + 0.5) / ENVELOPE_RATE
-    motion = np.interp(grid, clip.frame_times, impulse, left=0, right=0)
+    motion = np.interp(grid, times, impulse, left=0, right=0)
     # One frame is the resolution of the picture: blur the sound to it, and leave the slow part of motion out.
-    window = np.hanning(2 * max(3, round(ENVELOPE_RATE / float(clip.fps))) + 1)
+    window = np.hanning(2 * max(3, round(ENVELOPE_RATE / fps)) + 1)
     rise = np.convolve(rise, window / window.sum(), mode="same")[: len(grid)]
     motion = motion - np.convolve(motion, np.full(ENVELOPE_RATE, 1 / ENVELOPE_RATE), mode="same")[: len(grid)]
     rise, motion = rise - rise.mean(), motion - motion.mean()
