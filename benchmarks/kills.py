@@ -37,7 +37,6 @@ def command(
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         calm, wild = Path(scratch) / "calm", Path(scratch) / "wild"
-        undisturbed(calm / "set", calm, items)
         where, start = ledger or wild / "set", time.monotonic()
         report = disturb(
             where,
@@ -48,6 +47,7 @@ def command(
             workers=workers,
             on_kill=lambda count: typer.echo(f"  kill {count} at {time.monotonic() - start:.1f} s", err=True),
         )
+        undisturbed(calm / "set", calm, items)
         compare(where, wild, calm)
     told = {"benchmark": "kills", "date": today(), **commit(), "machine": machine(torch.device("cpu"))}
     told |= {"database": "postgresql" if ledger else "sqlite", "workers": workers, "seed": seed}

@@ -20,7 +20,7 @@ from soundstage.world.render import render, stream_item
 
 FINE = {
     "seconds": 5.0, "lines": 720, "fps": 24000 / 1001, "cuts": 0, "black": 0, "blank": 0, "bright": 0, "dark": 0,
-    "static": 0, "motion": 0.1, "pace": 0.1, "bars": 0, "blur": 0.8, "blocks": 0.01, "text": 0, "sample_rate": 48000,
+    "static": 0, "motion": 0.1, "shake": 0.1, "bars": 0, "blur": 0.8, "blocks": 0.01, "text": 0, "sample_rate": 48000,
     "loudness": -20, "silence": 0, "bandwidth": 24000, "clipped": 0, "dc": 0, "phase": 0.5, "balance": 1,
     "snr": 30, "speech": 1,
 }  # fmt: skip

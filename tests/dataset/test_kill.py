@@ -31,8 +31,8 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_a_few_kills_change_nothing(tmp_path: Path) -> None:
-    undisturbed(tmp_path / "calm" / "set", tmp_path / "calm", 60)
     report = disturb(tmp_path / "wild" / "set", tmp_path / "wild", 60, kills=8, seed=1)
+    undisturbed(tmp_path / "calm" / "set", tmp_path / "calm", 60)
     compare(tmp_path / "wild" / "set", tmp_path / "wild", tmp_path / "calm")
     assert sum(report.kills.values()) >= 4
     assert 0 < report.wasted <= report.allowed
@@ -40,8 +40,8 @@ def test_a_few_kills_change_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.trial
 def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
-    undisturbed(tmp_path / "calm" / "set", tmp_path / "calm", 1500)
     report = disturb(tmp_path / "wild" / "set", tmp_path / "wild", 1500, kills=100, seed=2)
+    undisturbed(tmp_path / "calm" / "set", tmp_path / "calm", 1500)
     compare(tmp_path / "wild" / "set", tmp_path / "wild", tmp_path / "calm")
     assert sum(report.kills.values()) >= 90
     assert 0 < report.wasted <= report.allowed

@@ -154,3 +154,18 @@ def test_damaged_files_are_poison(tmp_path: Path) -> None:
         bad.write_bytes(cut)
         with pytest.raises(Poison):
             list(Scan()(Item({"media": bad}), tmp_path))
+
+
+def test_an_even_beat_is_not_held_against_a_clip(tmp_path: Path) -> None:
+    """A flash and a click twice a second agree at many lags; the sound is told to be with the picture."""
+    frames = take(np.random.default_rng(8), 1).repeat(72, axis=0)
+    wave = np.zeros((1, 48_000), np.float32)
+    for beat in range(1, 6):
+        frames[12 * beat] = 250
+        wave[:, 8_000 * beat : 8_000 * beat + 400] = 0.5 * np.exp(-np.arange(400) / 80) * np.cos(np.arange(400))
+    together = scan(write(Clip(frames, Fraction(FPS), wave, 16_000), tmp_path / "a.mp4"))[0].sync()
+    assert together["lag_ms"] == pytest.approx(0, abs=25)
+    assert together["confidence"] > 0.9
+    between = np.roll(wave, 4_000, axis=1)
+    apart = scan(write(Clip(frames, Fraction(FPS), between, 16_000), tmp_path / "b.mp4"))[0].sync()
+    assert apart["confidence"] < 0.9

@@ -195,6 +195,31 @@ def funnel(folder: Folder, flow: FlowName = None, ledger: Where = None, as_json:
         _show_funnel(opened.funnel(flows.choose(folder, flow).flow()), as_json)
 
 
+@app.command("report")
+def report(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default DIR/report.html.")] = None,
+    clips: Annotated[int, typer.Option(min=0, help="Pictures of clips kept, and as many of clips rejected.")] = 24,
+    flow: FlowName = None,
+    ledger: Where = None,
+) -> None:
+    """A page to look at: the funnel, every measure beside its limits, clips kept and rejected side by side.
+
+    \b
+    Examples:
+      soundstage data report set
+      soundstage data report set --clips 100 --out report.html
+    """
+    from soundstage.cli.progress import progress
+    from soundstage.data.report import write_report
+
+    with _ledger(folder, ledger, new=False) as opened, progress("drawing clips", 2 * clips) as advance:
+        chosen = flows.choose(folder, flow).flow()
+        path = out or folder / "report.html"
+        write_report(opened, chosen, path, clips=clips, on_clip=lambda done, _: advance.reach(done))
+    typer.echo(str(path))
+
+
 @app.command("show")
 def show(
     folder: Folder,

@@ -60,7 +60,7 @@ class Caption:
         except ImportError:
             raise MissingExtra("httpx", "data") from None
         content: list[dict[str, Any]] = [{"type": "text", "text": self.prompt}]
-        content += [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in shown]
+        content += [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in shown]
         told = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         told |= {"max_tokens": self.max_tokens, "temperature": 0}
         secret = os.environ.get(self.key)
@@ -129,7 +129,8 @@ def _loaded(name: str) -> tuple[Any, Any]:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-def _data_url(image: np.ndarray) -> str:
+def data_url(image: np.ndarray) -> str:
+    """A picture (H, W, 3) uint8 as a JPEG in an address of its own."""
     try:
         from PIL import Image
     except ImportError:

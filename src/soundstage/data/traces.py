@@ -12,7 +12,7 @@ import numpy as np
 from soundstage.data.prints import SOUNDS, Print
 from soundstage.data.sound import bandwidth, from_levels
 from soundstage.media.shots import CutSignal, Shot, shots_of
-from soundstage.media.sync import ENVELOPE_RATE, curve_offset, rise
+from soundstage.media.sync import ENVELOPE_RATE, NEAR, curve_offset, impulse_events, match, rise
 
 __all__ = ["MEASURES", "Traces"]
 
@@ -29,7 +29,7 @@ MEASURES = {
     "dark": "share of pixels crushed to black, in frames that are not black",
     "bright": "share of pixels blown to white",
     "static": "share of frames equal to the one before",
-    "pace": "median displacement of what has structure, picture heights per second",
+    "shake": "median of displacement times the share that moves, picture heights per second",
     "motion": "mean displacement of what has structure, picture heights per second",
     "moving": "share of the picture that moves, mean",
     "bars": "share of the picture in black bars",
@@ -53,6 +53,7 @@ MEASURES = {
 }
 PULSE = 0.02  # seconds: silence is judged by mean squares over so long
 SILENT = -60.0  # dB full scale
+SPREAD = 0.4  # frames of spread between matched events at which confidence halves
 STILL = 0.05  # mean difference, of 255, up to which a frame repeats the one before
 
 
@@ -131,7 +132,20 @@ class Traces:
         offset = curve_offset(impulse, shown, fps, envelope, onsets)
         if not isfinite(offset.ms):
             return None
-        return {"lag_ms": round(offset.ms, 2), "confidence": round(offset.confidence, 4)}
+        lag, spread = offset.ms, offset.spread_ms
+        # What repeats agrees at many lags: where nearly as much agrees without any, that is meant.
+        visual = impulse_events(impulse, shown)
+        pairs = match(visual, onsets, gate=max(1.5 / fps, NEAR))
+        if abs(lag) > 1500 / fps and len(pairs) >= max(2, 0.7 * offset.matched):
+            late = 1000 * (onsets[pairs[:, 1]] - visual[pairs[:, 0]])
+            lag = float(np.median(late))
+            spread = float(np.median(np.abs(late - lag)))
+        # Sound of its own agrees within a fraction of a frame; by chance events agree within the gate of the matching.
+        confidence = offset.confidence / (1 + (spread * fps / 1000 / SPREAD) ** 4)
+        beat = np.diff(onsets)
+        if len(beat) > 1 and beat.std() < 0.1 * beat.mean() and abs(lag) > 200 * beat.mean():
+            confidence /= 2  # an even beat does not tell which event is meant
+        return {"lag_ms": round(lag, 2), "confidence": round(confidence, 6)}
 
     def print(self, start: float = 0.0, end: float | None = None) -> Print:
         """Fingerprints over a span."""
@@ -175,7 +189,9 @@ class Traces:
             "bright": part["bright"].mean() / 255,
             "static": (part["change"][after] < STILL).mean() if len(step) else nan,
             "motion": part["motion"][after].sum() / seconds if len(step) else nan,
-            "pace": np.median(part["motion"][after] / np.maximum(step, 1e-6)) if len(step) else nan,
+            "shake": np.median((part["motion"] * part["moving"])[after] / 255 / np.maximum(step, 1e-6))
+            if len(step)
+            else nan,
             "moving": part["moving"][after].mean() / 255 if len(step) else nan,
             "bars": self._bars(frames),
             "blur": np.nanmin(blur) * 720 / min(height, width) if np.isfinite(blur).any() else nan,

@@ -80,7 +80,7 @@ def disturb(
     others: Sequence[Callable[[], None]] = (),
     on_kill: Callable[[int], None] = lambda count: None,  # noqa: ARG005
 ) -> Report:
-    """Run with up to `kills` ends by SIGKILL, half of them of the whole run, until all is done.
+    """Run with up to `kills` ends by SIGKILL, a quarter of them of the whole run, until all is done.
 
     They are spread at random over the calls of the stages, so that slow starts do not draw them all.
     others: further disasters that take their turns, such as a server's restart.
@@ -91,6 +91,7 @@ def disturb(
     with Ledger.open(where, folder / "set") as ledger:
         ledger.add(numbers(items))
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["soundstage.testing.kills", "sqlalchemy.dialects.sqlite"])  # for quick restarts
     driver = None
     while True:
         if driver is None:
@@ -104,7 +105,7 @@ def disturb(
         if driver.exitcode is not None and driver.exitcode != -signal.SIGKILL:
             assert driver.exitcode == 0, f"the run ended with exit code {driver.exitcode}"
             break
-        kind = rng.choice(["worker", "run", *["other"] * len(others)])
+        kind = rng.choice(["worker"] * 3 + ["run", *["other"] * len(others)])
         if kind == "run":
             driver.kill()
             driver.join()
