@@ -185,7 +185,7 @@ def test_workers_do_not_outlive_their_run(shards: str) -> None:
         "if __name__ == '__main__':\n"
         f"    source = Shards({shards!r}).build(ClipShape(fps=8, size=(16, 16), num_frames=8))\n"
         "    readers = Readers(1, 10**6, 2 * 10**6)\n"
-        "    readers.take(0, lambda: source.window(0))\n"
+        "    with readers.take(0, lambda: source.window(0)): pass\n"
         "    print(next(iter(readers._pool._processes)), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

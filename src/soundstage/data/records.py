@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import mmap
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +19,9 @@ from soundstage.data.shapes import ClipShape
 from soundstage.media.clip import Clip
 
 __all__ = ["ClipShape", "Sample", "Source", "SourceConfig", "media_of", "raw_of", "sample_of", "to_media"]
+
+LARGE = 2**23
+"""Bytes from which a batch is worth huge pages."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,24 +74,36 @@ def to_media(clip: Clip, shape: ClipShape) -> AV[Tensor]:
 
 def sample_of(raw: Raw) -> Sample:
     """A decoded clip as tensors."""
-    return Sample(media_of([raw]).map(lambda x: x[0]), raw.caption, raw.id)
+    return Sample(media_of([raw], 1).map(lambda x: x[0]), raw.caption, raw.id)
 
 
-def media_of(raws: Sequence[Raw]) -> AV[Tensor]:
-    """Decoded clips of one shape as a batch: video (B, 3, F, H, W) and audio (B, channels, samples)."""
+def media_of(raws: Iterable[Raw], num: int) -> AV[Tensor]:
+    """`num` decoded clips of one shape as a batch: video (B, 3, F, H, W) and audio (B, channels, samples).
+
+    They are taken one at a time, and nothing of one is needed once the next is asked for.
+    """
     video = audio = None
-    first = raws[0]
-    if first.frames is not None:
-        frames, height, width, colours = first.frames.shape
-        video = torch.empty(len(raws), colours, frames, height, width)
-        for row, raw in zip(video, raws, strict=True):
-            assert raw.frames is not None
+    for place, raw in enumerate(raws):
+        if raw.frames is not None:
             # bytes are turned round before they become four times as many
             pixels = np.ascontiguousarray(raw.frames.transpose(3, 0, 1, 2))
-            row.copy_(torch.from_numpy(pixels)).div_(127.5).sub_(1)
-    if first.wave is not None:
-        audio = torch.from_numpy(np.stack([raw.wave for raw in raws]))
+            video = _room(num, *pixels.shape) if video is None else video
+            video[place].copy_(torch.from_numpy(pixels)).div_(127.5).sub_(1)
+        if raw.wave is not None:
+            audio = torch.empty(num, *raw.wave.shape) if audio is None else audio
+            audio[place].copy_(torch.from_numpy(np.ascontiguousarray(raw.wave)))
     return AV(video, audio)
+
+
+def _room(*shape: int) -> Tensor:
+    """An empty float32 tensor. A large one is made of huge pages where the system has them, which fill faster."""
+    size = 4 * math.prod(shape)
+    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system that has them may still refuse them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
 def raw_of(sample: Sample, sample_rate: int) -> Raw:

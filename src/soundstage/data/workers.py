@@ -10,9 +10,10 @@ import signal
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.shared_memory import SharedMemory
@@ -91,8 +92,12 @@ class Readers:
                 self._queue.setdefault(key, job)
         self._go()
 
-    def take(self, key: Hashable, job: Callable[[], Readable]) -> Raw:
-        """One that is read, or now will be, before all others. Raises what reading raised, or ReaderDied."""
+    @contextmanager
+    def take(self, key: Hashable, job: Callable[[], Readable]) -> Iterator[Raw]:
+        """One that is read, or now will be, before all others; its arrays are gone at the end of the context.
+
+        Raises what reading raised, or ReaderDied.
+        """
         if key not in self._running:
             self._queue = {key: job, **{k: v for k, v in self._queue.items() if k != key}}
             self._go()
@@ -102,13 +107,12 @@ class Readers:
         future, slot, name = self._running.pop(key)
         try:
             raw, *shapes = future.result()
-            raw = raw if self._shared is None else self._out(raw, slot, *shapes)
+            yield raw if self._shared is None else self._view(raw, slot, *shapes)
         except BrokenProcessPool as error:
             raise self._died(name) from error
         finally:
             self._free.append(slot)
         self._go()
-        return raw
 
     def close(self) -> None:
         """End the processes."""
@@ -137,13 +141,13 @@ class Readers:
         future.exception()
         self._free.append(slot)
 
-    def _out(self, raw: Raw, slot: int, frames: tuple[int, ...] | None, wave: tuple[int, ...] | None) -> Raw:
-        """The clip with its arrays copied out of shared memory."""
+    def _view(self, raw: Raw, slot: int, frames: tuple[int, ...] | None, wave: tuple[int, ...] | None) -> Raw:
+        """The clip with its arrays as they lie in shared memory."""
         assert self._shared is not None
         at, found = slot * self._largest, {}
         for name, shape, kind in (("frames", frames, np.uint8), ("wave", wave, np.float32)):
             if shape is not None:
-                found[name] = np.ndarray(shape, kind, self._shared.buf, at).copy()
+                found[name] = np.ndarray(shape, kind, self._shared.buf, at)
                 at += found[name].nbytes + -found[name].nbytes % 8
         if frames is not None:
             found["frames"] = found["frames"].transpose(1, 2, 3, 0)
@@ -173,12 +177,17 @@ class Ahead:
         if self._readers is None and not hasattr(self._source, "window"):
             samples = [self._source.item(index) for index in indices]
             return collate([s.media for s in samples]), [s.caption for s in samples], [s.id for s in samples]
-        raws = [self._raw(index) for index in indices]
-        return media_of(raws), [raw.caption for raw in raws], [raw.id for raw in raws]
+        words: list[tuple[str, str]] = []
+        media = media_of(self._raws(indices, words), len(indices))
+        return media, [caption for caption, _ in words], [name for _, name in words]
 
-    def _raw(self, index: int) -> Raw:
-        job = self._job(index)
-        return job().read() if self._readers is None else self._readers.take(index, job)
+    def _raws(self, indices: Sequence[int], words: list[tuple[str, str]]) -> Iterator[Raw]:
+        """Decoded clips, each good until the next is asked for; their captions and names are added to `words`."""
+        for index in indices:
+            job = self._job(index)
+            with self._readers.take(index, job) if self._readers else nullcontext(job().read()) as raw:
+                words.append((raw.caption, raw.id))
+                yield raw
 
     def close(self) -> None:
         """End the processes."""
@@ -257,5 +266,6 @@ def _read(job: Readable, offset: int, largest: int) -> tuple[Any, ...]:
 def _end(pool: ProcessPoolExecutor, shared: SharedMemory | None) -> None:
     pool.shutdown(wait=True, cancel_futures=True)
     if shared is not None:
-        shared.close()
         shared.unlink()
+        with suppress(BufferError):  # a clip that someone still looks at goes with the process
+            shared.close()
