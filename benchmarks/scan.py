@@ -31,6 +31,7 @@ from soundstage.data.gates import LIMITS, judge, report, table
 from soundstage.data.scan import measure, scan
 from soundstage.media.clip import Clip
 from soundstage.media.encode import write
+from soundstage.media.streams import streams
 from soundstage.testing.spoil import SPOILT, add_noise
 from soundstage.world.render import render, stream_item
 
@@ -74,7 +75,7 @@ def speed(folder: Path, clips: int) -> Row:
     """Processor seconds per 4 s clip of 720p24 with sound, in turns, and the median of the ratios of one round."""
     paths = [write(texture(n), folder / f"{n}.mp4", crf=23, preset="medium", threads=1) for n in range(max(3, clips))]
     tools: dict[str, Callable[[Path], object]] = {"scan": lambda path: measure(scan(path)[0])}
-    tools |= {"scenedetect": _scenes(), "farneback": _flow()}
+    tools |= {"decode": _decode, "scenedetect": _scenes(), "farneback": _flow()}
     taken: dict[str, list[float]] = {name: [] for name in tools}
     for tool in tools.values():
         tool(paths[0])  # imports and first calls are nobody's
@@ -88,6 +89,13 @@ def speed(folder: Path, clips: int) -> Row:
     row = {"clips": len(paths), "seconds": seconds, "ratio": round(statistics.median(ratios), 2)}
     row |= {"fastest": {name: round(min(each), 4) for name, each in taken.items()}}
     return row | {"clips_per_core_second": round(1 / seconds["scan"], 2), "versions": _versions()}
+
+
+def _decode(path: Path) -> None:
+    """What no scan can do without: picture and sound decoded once and thrown away."""
+    with streams(path) as opened:
+        for _ in opened:
+            pass
 
 
 def _versions() -> dict[str, str]:

@@ -145,9 +145,9 @@ class PictureMeter:
         self._prints.append((np.array(chosen, np.int32) + first, prints, colours))
         count = luma[0].size
         columns = {
-            "level": luma.mean(axis=(1, 2)),
-            "dark": 255 * np.count_nonzero(luma <= DARK, axis=(1, 2)) / count,
-            "bright": 255 * np.count_nonzero(luma >= BRIGHT, axis=(1, 2)) / count,
+            "level": cells.mean(axis=(1, 2)),
+            "dark": 255 * _counted(luma <= DARK) / count,
+            "bright": 255 * _counted(luma >= BRIGHT) / count,
             "bars": _bars(luma),
         }
         known = cells[:1] if self._cells is None else self._cells
@@ -304,6 +304,11 @@ def _averages(size: int, parts: int) -> np.ndarray:
     places = np.arange(size)
     overlap = np.minimum(edges[1:, None], places + 1) - np.maximum(edges[:-1, None], places)
     return (np.maximum(overlap, 0) * parts / size).astype(np.float32)
+
+
+def _counted(mask: np.ndarray) -> np.ndarray:
+    """(F, h, w) -> (F,) how many are true."""
+    return np.bitwise_count(np.packbits(mask.reshape(len(mask), mask[0].size), axis=1)).sum(axis=1)
 
 
 def _bars(luma: np.ndarray) -> np.ndarray:
