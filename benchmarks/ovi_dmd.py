@@ -106,6 +106,7 @@ def run_of(preset: Preset, depth: int, steps: int, out: Path) -> TrainConfig:
         "accumulate": 1,
         "steps": steps,
         "log_every": 1,
+        "validate": None,
         "save_every": steps + 1,
     }
     return replace(

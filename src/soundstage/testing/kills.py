@@ -106,6 +106,8 @@ def disturb(
             assert driver.exitcode == 0, f"the run ended with exit code {driver.exitcode}"
             break
         kind = rng.choice(["worker"] * 3 + ["run", *["other"] * len(others)])
+        if others and not counts["other"]:
+            kind = "other"  # at least one, whatever the dice say
         if kind == "run":
             driver.kill()
             driver.join()
