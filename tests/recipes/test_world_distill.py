@@ -49,4 +49,6 @@ def test_the_vital_signs_of_a_student_are_judged_beside_the_teachers(tmp_path: P
     made = filmed(Validation(1, student, {}, recipes.consistency4(), torch.device("cpu"), tmp_path))
     assert made["video"].shape == (16, 3, 33, 64, 64)
     assert made["audio"].shape == (16, 1, 33000)
-    assert recipes.judged().teacher == recipes.Filmed(None)
+    judge = recipes.judged()
+    assert judge.teacher == recipes.Filmed(None)
+    assert judge.sync is not None and judge.sync(made) > 0.1

@@ -31,6 +31,7 @@ from soundstage.objectives.flow_map import Grid, Sorted
 from soundstage.objectives.mean_flow import MeanFlow
 from soundstage.objectives.rcm import RCM, Wandering
 from soundstage.objectives.rollout import Rollout, warped
+from soundstage.recipes.judging import InStep
 from soundstage.recipes.world import MIXTURE, World, WorldCodec, scored
 from soundstage.training.checkpoint import load_weights
 from soundstage.training.config import Optim, Role, TrainConfig
@@ -105,7 +106,8 @@ class Filmed:
 
 def judged(sampling: Sampling = SAMPLING) -> Vitals:
     """What these recipes measure: the score, and vital signs beside the teacher's, by which a sick run is stopped."""
-    return Vitals(Filmed(sampling), Filmed(None), seeds=4, scores=Scored(sampling))
+    in_step = InStep(ClipShape().rate)
+    return Vitals(Filmed(sampling), Filmed(None), seeds=4, sync=in_step, scores=Scored(sampling))
 
 
 def _run(name: str, objective: Any, **changes: Any) -> TrainConfig:  # noqa: ANN401
