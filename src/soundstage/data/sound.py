@@ -16,6 +16,7 @@ __all__ = ["SoundMeter", "bandwidth", "from_levels", "noise_power", "spectrogram
 BLOCK = 4  # seconds measured together
 CONTEXT = 1  # seconds of the block before, for what begins at its end
 BANDS = 64  # equal bands up to half the sample rate, in which a cut-off is looked for
+LOUD = 0.5  # of full scale
 FULL = 0.999  # samples at or above it are clipped where three come in a row
 EVEN = 0.7  # evenness of the quietest tenth from which it is a pause
 NOTHING = -93.0  # dB full scale in a band: quieter than any microphone
@@ -27,9 +28,9 @@ class SoundMeter:
 
     Every 2 ms: "sound" (uint8, half decibels above -120 dB full scale). By the event: "onsets" (seconds). Every 0.1 s:
     "energy" (K-weighted mean square, as loudness is gated), "sounds" (see data.prints). Every second: "peak",
-    "clipped" (share of samples), "dc", "left", "right", "product" (mean squares and mean product), "power", "noise"
-    (mean square of the mix and what of it is noise, nan where nothing pauses), "voiced" (share), "spectrum" and "usual"
-    (N, 64: loudest and median level per band, coded as "sound").
+    "clipped" and "loud" (samples at full scale in runs, and from half of it), "dc", "left", "right", "product" (mean
+    squares and mean product), "power", "noise" (mean square of the mix and what of it is noise, nan where nothing
+    pauses), "voiced" (share), "spectrum" and "usual" (N, 64: loudest and median level per band, coded as "sound").
     """
 
     def __init__(self, sample_rate: int) -> None:
@@ -78,6 +79,7 @@ class SoundMeter:
         self._put("product", np.array(cross))
         self._put("peak", np.array([np.abs(part).max(initial=0) for part in parts]))
         self._put("clipped", np.array([_clipped(part) for part in parts]))
+        self._put("loud", np.array([np.count_nonzero(np.abs(part) >= LOUD, axis=1).max() for part in parts]))
         self._put("dc", np.array([np.abs(part.mean(axis=1)).max() for part in parts]))
         power = _squares(spectra[0] if len(spectra) == 1 else sum(spectra) * np.float32(1 / len(spectra)))
         noise = noise_power(power)
@@ -190,16 +192,16 @@ def _square(x: np.ndarray) -> float:
     return float(np.dot(x, x)) / max(len(x), 1)
 
 
-def _clipped(wave: np.ndarray) -> float:
-    """Share of samples that lie in runs of three or more at full scale."""
+def _clipped(wave: np.ndarray) -> int:
+    """Samples, of the channel with most of them, that lie in runs of three or more at full scale."""
     full = np.abs(wave) >= FULL
     if not full.any():
-        return 0.0
+        return 0
     three = full[:, :-2] & full[:, 1:-1] & full[:, 2:]
     run = np.zeros_like(full)
     for shift in range(3):
         run[:, shift : shift + three.shape[1]] |= three
-    return float(run.mean(axis=1).max())
+    return int(run.sum(axis=1).max())
 
 
 def _bands(power: np.ndarray) -> np.ndarray:

@@ -41,8 +41,8 @@ MEASURES = {
     "loudness": "LUFS, gated as EBU R128",
     "peak": "sample peak, dB full scale",
     "silence": "share of time in silences of a second or more",
-    "quiet": "share of time below -60 dB full scale",
-    "clipped": "share of samples at full scale in runs",
+    "quiet": "share of time below -70 dB full scale",
+    "clipped": "samples at full scale in runs, of those from half of it",
     "bandwidth": "Hz up to which the sound reaches before a wall; half the sample rate without one",
     "dc": "largest mean of a second, of full scale",
     "side": "dB of left minus right, relative to left plus right",
@@ -52,7 +52,7 @@ MEASURES = {
     "speech": "0 to 1, how like a voice it moves; a rough guess",
 }
 PULSE = 0.02  # seconds: silence is judged by mean squares over so long
-SILENT = -60.0  # dB full scale
+SILENT = -70.0  # dB full scale: quieter than the noise of a room
 SPREAD = 0.4  # frames of spread between matched events at which confidence halves
 STILL = 0.05  # mean difference, of 255, up to which a frame repeats the one before
 
@@ -234,7 +234,7 @@ class Traces:
             "peak": 20 * np.log10(max(float(part["peak"].max()), 1e-6)),
             "silence": _long(silent, round(1 / PULSE)),
             "quiet": silent.mean(),
-            "clipped": part["clipped"].mean(),
+            "clipped": float(part["clipped"].sum()) / max(float(part["loud"].sum()), 100.0),
             # A wall shows in what is loudest or in the room's own noise, whichever the coder has left clean.
             "bandwidth": min(
                 bandwidth(from_levels(part["spectrum"].max(axis=0)), self.sample_rate),
@@ -256,7 +256,20 @@ class Traces:
 
 PRINTS = ("prints", "colours", "sounds")
 PER_FRAME = ("level", "dark", "bright", "change", "motion", "moving", "spread")
-PER_SECOND = ("peak", "clipped", "dc", "left", "right", "product", "power", "noise", "voiced", "spectrum", "usual")
+PER_SECOND = (
+    "peak",
+    "clipped",
+    "loud",
+    "dc",
+    "left",
+    "right",
+    "product",
+    "power",
+    "noise",
+    "voiced",
+    "spectrum",
+    "usual",
+)
 
 
 def _loudness(energy: np.ndarray) -> float:
