@@ -104,6 +104,7 @@ def test_skip_layer_guidance_on_a_twin_gives_the_same_bits() -> None:
 
 
 def test_two_buffers_live_on_the_device_at_most() -> None:
+    gc.collect()  # an earlier test's own may wait for it
     module = offload(Net(depth=5), "cpu")
     size = state(module).hosts[0].buffer.numel()
     assert buffers(size) == 5, "the host's own"

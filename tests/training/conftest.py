@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 
@@ -41,12 +43,18 @@ def make(tmp_path: Path) -> Make:
 
 @pytest.fixture
 def together(tmp_path_factory: pytest.TempPathFactory) -> Together:
-    """What work(rank) gives on each of so many processes; None of one that is killed. An error is given, not raised."""
+    """What work(rank) gives on each of so many processes; None of one that is killed. An error is given, not raised.
+
+    They are forked from a process that has only imported: a fork of this one would inherit the threads of every library
+    that an earlier test woke.
+    """
 
     def run(count: int, work: Callable[[int], Any]) -> list[Any]:
         folder = tmp_path_factory.mktemp("processes")
-        context = torch.multiprocessing.get_context("fork")
-        started = [context.Process(target=_process, args=(rank, count, work, folder)) for rank in range(count)]
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([name for name in sys.modules if name.startswith(("pytest", "torch.", "soundstage."))])
+        given = [(rank, count, ByValue(work), folder) for rank in range(count)]
+        started = [context.Process(target=ByValue(_process), args=each) for each in given]
         for process in started:
             process.start()
         for process in started:
@@ -58,6 +66,20 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Together:
     return run
 
 
+class ByValue:
+    """What goes whole to a process that cannot import the tests: their functions and classes travel with it."""
+
+    def __init__(self, given: Any) -> None:  # noqa: ANN401
+        self.given = given
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        cloudpickle.register_pickle_by_value(sys.modules["tests"])
+        return cloudpickle.loads, (cloudpickle.dumps(self.given),)
+
+    def __call__(self, *given: Any) -> Any:  # noqa: ANN401
+        return self.given(*given)
+
+
 def _process(rank: int, count: int, work: Callable[[int], Any], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
@@ -66,5 +88,5 @@ def _process(rank: int, count: int, work: Callable[[int], Any], folder: Path) ->
         found = work(rank)
     except Exception as error:
         found = error
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save(found, folder / f"{rank}.pt", pickle_module=cloudpickle)
     leave()
