@@ -52,7 +52,8 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Together:
     def run(count: int, work: Callable[[int], Any]) -> list[Any]:
         folder = tmp_path_factory.mktemp("processes")
         context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([name for name in sys.modules if name.startswith(("pytest", "torch.", "soundstage."))])
+        heavy = ("pytest", "torch.", "soundstage.")
+        context.set_forkserver_preload([name for name in sys.modules if name.startswith(heavy)])
         given = [(rank, count, ByValue(work), folder) for rank in range(count)]
         started = [context.Process(target=ByValue(_process), args=each) for each in given]
         for process in started:
