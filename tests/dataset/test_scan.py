@@ -83,6 +83,8 @@ def test_bars_black_static_and_exposure(tmp_path: Path) -> None:
     barred = frames.copy()
     barred[:, :15] = barred[:, -15:] = 0
     assert seen(barred, tmp_path / "b.mp4")["bars"] == pytest.approx(0.25, abs=0.03)
+    room = frames * np.clip(1.6 - np.hypot(*np.mgrid[-1:1:120j, -1:1:160j]) * 2.2, 0, 1)[None, :, :, None]
+    assert seen(room.astype(np.uint8), tmp_path / "r.mp4")["bars"] == 0, "a dark room fades, and has no bars"
     dark = frames.copy()
     dark[:12] = 0
     found = seen(dark, tmp_path / "c.mp4")
@@ -169,3 +171,17 @@ def test_an_even_beat_is_not_held_against_a_clip(tmp_path: Path) -> None:
     between = np.roll(wave, 4_000, axis=1)
     apart = scan(write(Clip(frames, Fraction(FPS), between, 16_000), tmp_path / "b.mp4"))[0].sync()
     assert apart["confidence"] < 0.9
+
+
+def test_a_lone_knock_is_not_held_against_a_lone_flash(tmp_path: Path) -> None:
+    """One sound and one movement always agree at some lag."""
+    frames = take(np.random.default_rng(9), 1).repeat(60, axis=0)
+    frames[36:] = 250
+    wave = np.zeros((1, 40_000), np.float32)
+    knock = 0.5 * np.exp(-np.arange(2_000) / 300) * np.cos(np.arange(2_000) / 5)
+    for at, sure in ((24_000, True), (10_400, False)):
+        struck = wave.copy()
+        struck[:, at : at + 2_000] = knock
+        found = scan(write(Clip(frames, Fraction(FPS), struck, 16_000), tmp_path / "a.mp4"))[0].sync()
+        assert found["lag_ms"] == pytest.approx(1000 * (at - 24_000) / 16_000, abs=60)
+        assert (found["confidence"] > 0.9) == sure, found

@@ -31,9 +31,9 @@ class PictureMeter:
 
     Frames: "level", "dark", "bright" (0 to 255), "change" (mean absolute difference, of 255), "motion" (picture
     heights between frames, by block gradients on two scales, no codec vectors), "moving" (share of blocks, of 255),
-    "impulse" (see media.sync), "bars" (N, 4: black rows above and below, columns left and right), and those of
-    media.shots.CutSignal. Looks: "look" (frame), "blur" (pixels), "text" (share), "blocks" (share).
-    Prints, PICTURES a second: "print_at" (frame), "prints", "colours" (see data.prints).
+    "impulse" (see media.sync), "bars" (N, 4: black rows above and below, columns left and right), "edges" (N, 4: how
+    sharply those end, levels), and those of media.shots.CutSignal. Looks: "look" (frame), "blur" (pixels), "text"
+    (share), "blocks" (share). Prints, PICTURES a second: "print_at" (frame), "prints", "colours" (see data.prints).
     """
 
     def __init__(self) -> None:
@@ -148,8 +148,8 @@ class PictureMeter:
             "level": cells.mean(axis=(1, 2)),
             "dark": 255 * _counted(luma <= DARK) / count,
             "bright": 255 * _counted(luma >= BRIGHT) / count,
-            "bars": _bars(luma),
         }
+        columns["bars"], columns["edges"] = _bars(luma)
         known = cells[:1] if self._cells is None else self._cells
         stack = np.concatenate([known, cells])
         fresh = stack[-len(cells) - 1 :]
@@ -161,7 +161,7 @@ class PictureMeter:
         else:
             columns["impulse"] = columns["impulse"][-len(cells) :]
         self._cells = stack[-2:]
-        small = {"level", "dark", "bright", "moving", "bars"}
+        small = {"level", "dark", "bright", "moving", "bars", "edges"}
         for name, values in columns.items():
             kind = np.uint8 if name in small else np.float16
             self._traces.setdefault(name, []).append(
@@ -311,12 +311,20 @@ def _counted(mask: np.ndarray) -> np.ndarray:
     return np.bitwise_count(np.packbits(mask.reshape(len(mask), mask[0].size), axis=1)).sum(axis=1)
 
 
-def _bars(luma: np.ndarray) -> np.ndarray:
-    """(F, h, w) -> (F, 4) black rows above and below, columns left and right; all 255 for a black frame."""
-    found = []
+def _bars(luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(F, h, w) -> (F, 4) black rows above and below, columns left and right, all 255 for a black frame; their edges.
+
+    An edge, (F, 4): how many levels the second line within is brighter than the bar, on average along it. A bar ends at
+    once over its whole length; a dark scene fades.
+    """
+    bars, edges = [], []
     for axis in (2, 1):
-        lit = luma.max(axis=axis) > BAR
-        found += [lit.argmax(axis=1), lit[:, ::-1].argmax(axis=1)]
-    bars = np.stack(found, axis=1)
+        lit, mean = luma.max(axis=axis) > BAR, luma.mean(axis=axis)
+        for way in (slice(None), slice(None, None, -1)):
+            place = lit[:, way].argmax(axis=1)
+            within = np.minimum(place + 1, mean.shape[1] - 1)[:, None]
+            bars.append(place)
+            edges.append(np.take_along_axis(mean[:, way], within, axis=1)[:, 0] - mean[:, way][:, 0])
+    bars, edges = np.stack(bars, axis=1), np.stack(edges, axis=1).clip(0, 255)
     bars[~lit.any(axis=1)] = 255
-    return bars
+    return bars, edges

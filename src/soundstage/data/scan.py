@@ -30,7 +30,7 @@ class Scan:
     compare by the traces alone, so that thresholds may change without decoding. A damaged file is poison.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __call__(self, item: Item, folder: Path) -> Iterable[Item | Drop]:
         try:

@@ -54,6 +54,7 @@ MEASURES = {
 PULSE = 0.02  # seconds: silence is judged by mean squares over so long
 SILENT = -70.0  # dB full scale: quieter than the noise of a room
 SPREAD = 0.4  # frames of spread between matched events at which confidence halves
+EDGE = 10.0  # levels, of 255: the least step, averaged along it, with which a black bar ends
 STILL = 0.05  # mean difference, of 255, up to which a frame repeats the one before
 
 
@@ -145,6 +146,8 @@ class Traces:
         beat = np.diff(onsets)
         if len(beat) > 1 and beat.std() < 0.1 * beat.mean() and abs(lag) > 200 * beat.mean():
             confidence /= 2  # an even beat does not tell which event is meant
+        if offset.matched < 2 and abs(lag) > 1000 * NEAR:
+            confidence /= 2  # a lone sound far from a lone movement may have nothing to do with it
         return {"lag_ms": round(lag, 2), "confidence": round(confidence, 6)}
 
     def print(self, start: float = 0.0, end: float | None = None) -> Print:
@@ -200,12 +203,17 @@ class Traces:
         }
 
     def _bars(self, frames: slice) -> float:
-        """Share that is black in all frames but those black altogether; one dark moment at an edge is no bar."""
-        bars = self.arrays["bars"][frames]
-        bars = bars[bars[:, 0] < 255]
+        """Share that is black in all frames but those black altogether, and ends sharply in some where it ends.
+
+        One dark moment at an edge is no bar, nor is a dark room.
+        """
+        bars, edges = self.arrays["bars"][frames], self.arrays["edges"][frames]
+        bars, edges = bars[bars[:, 0] < 255], edges[bars[:, 0] < 255]
         if not len(bars):
             return 0.0
-        above, below, left, right = np.quantile(bars, 0.05, axis=0)
+        least = np.quantile(bars, 0.05, axis=0)
+        sharp = np.where(np.abs(bars - least) <= 1, edges, 0).max(axis=0) >= EDGE
+        above, below, left, right = least * sharp
         factor = min(1.0, 90 / min(self.size))
         height, width = (2 * round(side * factor / 2) for side in self.size)
         return 1 - max(0.0, 1 - (above + below) / height) * max(0.0, 1 - (left + right) / width)
