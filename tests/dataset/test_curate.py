@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from soundstage.cli.app import app
 from soundstage.data.ledger import Ledger
 from soundstage.data.records import ClipShape
 from soundstage.data.sources import parse
@@ -43,6 +46,10 @@ def test_a_raw_folder_becomes_windows_and_every_file_is_accounted_for(raw: Path,
         assert ledger.add(parse(str(raw))) == 0
     assert funnel["scan"].poisoned == 1
     assert dict(funnel["dedup"].dropped) == {"duplicate": 1}
+    told = CliRunner().invoke(app, ["data", "funnel", str(tmp_path / "set"), "--json"])
+    assert {line["name"]: line["passed"] for line in json.loads(told.stdout)} == {
+        k: v.passed for k, v in funnel.items()
+    }
     for count in funnel.values():
         assert count.entered == count.passed + sum(count.dropped.values()) + count.poisoned
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from soundstage.data.flow import Flow, Item
     from soundstage.data.ledger import Ledger, Step
     from soundstage.data.reach import Count
-    from soundstage.data.runner import Progress
 
 app = typer.Typer(
     help="Collect, fetch, scan, filter and pack clips. Every command can be stopped and given again: it goes on.",
@@ -325,9 +324,6 @@ def _run(
     as_json: bool,
     until: str | None,
 ) -> None:
-    from soundstage.cli.progress import progress
-    from soundstage.data.runner import run
-
     chosen = flows.choose(folder, name, settings or (), forget=forget)
     whole = chosen.flow()
     flow = whole.until(until) if until else whole
@@ -340,13 +336,7 @@ def _run(
         chosen.remember(folder)
         if retry:
             typer.echo(f"{ledger.retry(flow)} tasks get new attempts", err=True)
-        with progress(until or "curating", 0) as advance:
-
-            def on_progress(now: Progress) -> None:
-                advance.reach(now.done, _note(now), total=now.done + now.left)
-
-            lines = run(flow, ledger, workers=workers, crew=crew, on_progress=on_progress)
-        _show_funnel(lines, as_json)
+        _show_funnel(flows.run_shown(flow, ledger, until or "curating", workers, crew), as_json)
         if "pack" in flow.stages:
             _publish(ledger, flow, folder)
 
@@ -358,19 +348,6 @@ def _publish(ledger: Ledger, flow: Flow, folder: Path) -> None:
     if shards:
         manifest = publish(shards, folder / "shards")
         typer.echo(f"{len(manifest)} clips in {len(manifest.shards)} shards: {folder / 'shards'}", err=True)
-
-
-def _note(now: Progress) -> str:
-    told = [f"{count} {name}" for name, count in now.outcomes.items() if name != "done"]
-    rate = f"{now.rate:.1f}/s"
-    remaining = f"about {_span(now.left / now.rate)} left" if now.left and now.rate > 0 else ""
-    return ", ".join(part for part in (rate, remaining, *told) if part)
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _show_funnel(lines: Sequence[Count], as_json: bool) -> None:

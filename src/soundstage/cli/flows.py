@@ -1,17 +1,20 @@
-"""The flow of a dataset folder: which function makes it, with which settings; remembered from command to command."""
+"""The flow of a dataset folder: which function makes it, with which settings, remembered; and a run of it, shown."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from soundstage.data.flow import Flow
+    from soundstage.data.ledger import Ledger
+    from soundstage.data.reach import Count
+    from soundstage.data.runner import Crew, Progress, Work
 
 DEFAULT = "soundstage.recipes.curate:clips"
 FILE = "flow.json"
@@ -59,6 +62,38 @@ def choose(folder: Path, name: str | None, settings: Sequence[str] = (), *, forg
     before = told.get("settings", []) if name in (None, told.get("flow")) and not forget else []
     merged = {text.partition("=")[0]: text for text in [*before, *settings]}
     return Chosen(name or told.get("flow", DEFAULT), tuple(merged.values()))
+
+
+def run_shown(
+    flow: Flow,
+    ledger: Ledger,
+    label: str = "curating",
+    workers: int | None = None,
+    crew: Callable[[Work], Crew] | None = None,
+) -> list[Count]:
+    """`data.runner.run` with its progress on stderr; the funnel."""
+    from soundstage.cli.progress import progress
+    from soundstage.data.runner import run
+
+    with progress(label, 0) as advance:
+
+        def on_progress(now: Progress) -> None:
+            advance.reach(now.done, _note(now), total=now.done + now.left)
+
+        return run(flow, ledger, workers=workers, crew=crew, on_progress=on_progress)
+
+
+def _note(now: Progress) -> str:
+    told = [f"{count} {name}" for name, count in now.outcomes.items() if name != "done"]
+    rate = f"{now.rate:.1f}/s"
+    remaining = f"about {_span(now.left / now.rate)} left" if now.left and now.rate > 0 else ""
+    return ", ".join(part for part in (rate, remaining, *told) if part)
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _function(name: str) -> Any:  # noqa: ANN401

@@ -8,7 +8,9 @@ soundstage train soundstage.recipes.curate:tiny raw=clips steps=20            # 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from soundstage.cli import flows
 from soundstage.data.dedup import Dedup
 from soundstage.data.embed import Embed
 from soundstage.data.fetch import Fetch
@@ -18,7 +20,6 @@ from soundstage.data.ledger import Ledger
 from soundstage.data.licences import Allowed
 from soundstage.data.reading import Shards
 from soundstage.data.records import ClipShape, Source
-from soundstage.data.runner import run
 from soundstage.data.scan import Scan
 from soundstage.data.shards import Pack, publish
 from soundstage.data.shots import Shots
@@ -69,7 +70,8 @@ def small() -> Flow:
 class Curated:
     """Training clips from raw ones: what a source word names, through a flow, in shards under `folder`.
 
-    All that was done before is found in the folder's ledger.
+    All that was done before is found in the folder's ledger, and so are the settings that `soundstage data` gave it;
+    `soundstage data funnel` and `report` on the folder tell what became of every clip.
     """
 
     raw: str
@@ -78,12 +80,15 @@ class Curated:
 
     def build(self, shape: ClipShape) -> Source:
         """Run what is left of the flow, and read the shards."""
-        flow = small()
-        with Ledger.open(self.folder) as ledger:
+        folder = Path(self.folder)
+        chosen = flows.choose(folder, f"{__name__}:{small.__name__}")
+        with Ledger.open(folder) as ledger:
             ledger.add(parse(self.raw))
-            run(flow, ledger, workers=self.workers)
-            publish(ledger.results(flow, "pack"), f"{self.folder}/shards")
-        return Shards(f"{self.folder}/shards").build(shape)
+            chosen.remember(folder)
+            flow = chosen.flow()
+            flows.run_shown(flow, ledger, workers=self.workers)
+            publish(ledger.results(flow, "pack"), folder / "shards")
+        return Shards(str(folder / "shards")).build(shape)
 
 
 def tiny(raw: str = "clips", folder: str = "runs/curated") -> TrainConfig:
