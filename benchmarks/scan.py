@@ -141,7 +141,7 @@ def judging(folder: Path, clips: int) -> Row:  # noqa: ARG001
     start = time.process_time()
     columns = table(json.loads(row) for row in rows)
     read = time.process_time()
-    counted = report(columns, [replace(each, most=2.0) if each.reason == "blurred" else each for each in LIMITS])
+    counted = report(columns, {**LIMITS, "blurred": replace(LIMITS["blurred"], most=2.0)})
     done = time.process_time()
     return {"clips": len(rows), "read_s": round(read - start, 4), "judge_s": round(done - read, 4), "counts": counted}
 
@@ -180,7 +180,7 @@ def gates(folder: Path, clips: int) -> Row:
 def _reasons(clip: Clip, folder: Path) -> list[str]:
     path = write(clip, folder / "one.mp4", crf=20, preset="ultrafast", threads=1)
     columns = table([measure(scan(path)[0])])
-    return [limit.reason for limit in LIMITS if judge(columns, [limit]).reason[0] >= 0]
+    return [reason for reason, limit in LIMITS.items() if judge(columns, {reason: limit}).reason[0]]
 
 
 def sync(folder: Path, clips: int) -> Row:

@@ -32,10 +32,8 @@ Run = Callable[..., tuple[int, str, str]]
 def test_the_commands_are_those_of_the_plan() -> None:
     names = {" ".join(path) for path in COMMANDS}
     models = {f"models {name}" for name in ("list", "describe", "fetch", "check")}
-    data = {
-        f"data {name}"
-        for name in ("collect", "fetch", "scan", "curate", "pack", "index", "funnel", "report", "show", "validate")
-    }
+    stages = ("collect", "fetch", "scan", "curate", "pack")
+    data = {f"data {name}" for name in (*stages, "index", "funnel", "limits", "report", "show", "validate")}
     wanted = {"generate", "evaluate", "train", "sweep", "world render", "world show", "plan", "probe", *models, *data}
     assert names == wanted
 

@@ -87,6 +87,27 @@ def test_items_are_listed_and_their_history_is_told(dataset: Path, run: Run) -> 
     assert len(run("data", "show", dataset, "--sources", "-n", 2)[1].splitlines()) == 2
 
 
+def test_limits_are_tried_on_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    from soundstage.data.flow import Item
+    from soundstage.data.ledger import Ledger
+
+    monkeypatch.syspath_prepend(tmp_path)
+    told = "from soundstage.data.flow import Flow\nfrom soundstage.data.gates import LIMITS, Gate\n"
+    told += "def gated():\n    return Flow({'gate': Gate({name: LIMITS[name] for name in ('blurred', 'silent')})})\n"
+    (tmp_path / "gated_flows.py").write_text(told)
+    with Ledger.open(tmp_path / "set") as ledger:
+        measures = [(blur, loud) for blur in (0.5, 1.5, 2.5, 3.5) for loud in (-20.0, -65.0)]
+        ledger.add(Item(facts={"scan": {"blur": blur, "loudness": loud}}) for blur, loud in measures)
+    ask = ("data", "limits", tmp_path / "set", "--flow", "gated_flows:gated")
+    counts = json.loads(run(*ask, "--json")[1])["counts"]
+    assert counts == {"kept": 3, "blurred": 2, "silent": 3}
+    code, out, _ = run(*ask, "gate.limits.blurred.most=2", "gate.limits.silent.least=none")
+    assert code == 0
+    assert out.splitlines()[1].split() == ["blurred", "blur", "2", "0.5", "2", "3.5", "50.0%", "4"]
+    assert out.splitlines()[-1] == "4 of 8 clips are kept"
+    assert not (tmp_path / "set" / "flow.json").exists()
+
+
 def test_damage_is_found(dataset: Path, run: Run) -> None:
     assert run("data", "validate", dataset)[:2] == (0, "4 files: no problems\n")
     stored = sorted((dataset / "store").rglob("*.txt"))
@@ -112,6 +133,7 @@ def test_damage_is_found(dataset: Path, run: Run) -> None:
         (("curate", "set", "--flow", "toy_flows:toi"), "did you mean 'toy'?"),
         (("curate", "set", "--flow", "toy_flows:wrong"), "toy_flows:wrong returned int, not a Flow"),
         (("funnel", "empty"), "holds no dataset; begin with soundstage data collect"),
+        (("limits", "set"), "limits: the flow has no gate"),
         (("show", "set", "zzz"), "no item has an id that begins with 'zzz'"),
     ],
 )

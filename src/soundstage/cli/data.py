@@ -140,7 +140,7 @@ def curate(
     \b
     Examples:
       soundstage data curate set
-      soundstage data curate set gate.motion=0.3 --until gate
+      soundstage data curate set gate.limits.still.least=0.01 --until gate
       soundstage data curate set --flow my.flows:speech --ledger postgresql://me@db/clips
       soundstage data curate set --ray auto
     """
@@ -192,6 +192,51 @@ def funnel(folder: Folder, flow: FlowName = None, ledger: Where = None, as_json:
     """
     with _ledger(folder, ledger, new=False) as opened:
         _show_funnel(opened.funnel(flows.choose(folder, flow).flow()), as_json)
+
+
+@app.command("limits")
+def limits(
+    folder: Folder,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings to try; they are not remembered.", metavar="[STAGE.FIELD=VALUE...]"),
+    ] = None,
+    flow: FlowName = None,
+    ledger: Where = None,
+    as_json: Json = False,
+) -> None:
+    """How the limits of the gate lie in your clips, and what they reject, from what was measured: nothing is decoded.
+
+    \b
+    "alone": rejected by this limit; "first": of those, not by one above it. Examples:
+      soundstage data limits set
+      soundstage data limits set gate.limits.blurred.most=2 "gate.limits.out of sync.most=80"
+      soundstage data limits set gate.limits.still.least=none
+    """
+    from soundstage.core.errors import ConfigError
+    from soundstage.data.gates import calibrate, gate_of, report, table
+
+    chosen = flows.choose(folder, flow, settings or ()).flow()
+    gate = gate_of(chosen)
+    if gate is None:
+        raise ConfigError("limits: the flow has no gate (soundstage.data.gates.Gate)")
+    with _ledger(folder, ledger, new=False) as opened:
+        columns = table(item.facts for item in opened.entering(chosen, gate))
+    asked = chosen.stages[gate].limits  # type: ignore[union-attr]
+    rows, counted = calibrate(columns, asked), report(columns, asked)
+    if as_json:
+        typer.echo(json.dumps({"counts": counted, "limits": rows}))
+        return
+    cells = [("limit", "measure", "least", "most", "1 %", "median", "99 %", "alone", "first")]
+    for row in rows:
+        curve = [row["percentiles"][name] for name in ("1", "50", "99")]
+        numbers = ["" if x is None else f"{x:.4g}" for x in (row["least"], row["most"], *curve)]
+        first = counted.get(row["reason"], 0)
+        cells.append((row["reason"], row["measure"], *numbers, f"{row['rejected']:.1%}", str(first or "")))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    typer.echo(f"{counted['kept']} of {sum(counted.values())} clips are kept")
 
 
 @app.command("report")

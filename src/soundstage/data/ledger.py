@@ -206,6 +206,11 @@ class Ledger:
         found = self.reach(part).items[-1]
         return self._items(sa.select(t.item).join(found, found.c.item == t.item.c.id).order_by(t.item.c.id))
 
+    def entering(self, flow: Flow, name: str) -> list[Item]:
+        """What a stage is given: the results of the one before, or what was collected."""
+        before = list(flow.stages)[: list(flow.stages).index(name)]
+        return self.results(flow, before[-1]) if before else self.sources()
+
     def item(self, beginning: str) -> Item:
         """One item by its id, or by an unambiguous beginning of it."""
         import sqlalchemy as sa

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from soundstage.core.errors import ConfigError
 from soundstage.data.captions import data_url, pictures
 from soundstage.data.flow import Flow, Item
-from soundstage.data.gates import Limit, table
+from soundstage.data.gates import Limit, gate_of, table
 from soundstage.data.ledger import Ledger
 from soundstage.media.errors import MediaError
 
@@ -53,11 +53,10 @@ def write_report(
     clips: thumbnails of each, kept and rejected, by the order of their ids. on_clip(done, total) as they are decoded.
     """
     parts = [f"<h2>Funnel</h2>{_funnel(ledger.funnel(flow))}"]
-    gate = next((name for name, stage in flow.stages.items() if getattr(stage, "limits", None)), None)
+    gate = gate_of(flow)
     if gate is not None:
-        before = list(flow.stages)[: list(flow.stages).index(gate)]
-        judged = ledger.results(flow, before[-1]) if before else ledger.sources()
-        limits: Sequence[Limit] = flow.stages[gate].limits  # type: ignore[union-attr]
+        limits: Mapping[str, Limit] = flow.stages[gate].limits  # type: ignore[union-attr]
+        judged = table(item.facts for item in ledger.entering(flow, gate))
         parts.append(f"<h2>Measures</h2><div class=grid>{_histograms(judged, limits)}</div>")
         kept = [(item, "") for item in ledger.results(flow, gate)]
         gone = [(each.item, _why(each.reason, each.score)) for each in ledger.dropped(flow, gate)]
@@ -85,15 +84,15 @@ def _funnel(lines: Iterable[Count]) -> str:
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
-def _histograms(items: Sequence[Item], limits: Sequence[Limit]) -> str:
+def _histograms(columns: Mapping[str, np.ndarray], limits: Mapping[str, Limit]) -> str:
     """A plot per measure that some limit reads, with its limits as lines."""
-    if not items:
+    if not len(next(iter(columns.values()))):
         return "<p>Nothing was measured yet.</p>"
-    columns = table(item.facts for item in items)
     found = []
-    for measure in dict.fromkeys(limit.measure for limit in limits):
+    for measure in dict.fromkeys(limit.measure for limit in limits.values()):
         values = columns[measure][np.isfinite(columns[measure])]
-        bounds = [(limit.reason, x) for limit in limits if limit.measure == measure for x in (limit.least, limit.most)]
+        reading = [(reason, limit) for reason, limit in limits.items() if limit.measure == measure]
+        bounds = [(reason, x) for reason, limit in reading for x in (limit.least, limit.most)]
         if len(values):
             found.append(_plot(measure, values, [(reason, x) for reason, x in bounds if x is not None]))
     return "".join(found)

@@ -60,7 +60,7 @@ def small() -> Flow:
             **clips().stages,
             "licence": Allowed(unknown=True),
             "shots": Shots(shortest=2.0),
-            "gate": Gate(tuple(limit for limit in LIMITS if limit.reason not in OF_FILMS)),
+            "gate": Gate({reason: limit for reason, limit in LIMITS.items() if reason not in OF_FILMS}),
             "views": Views(sizes=((64, 64),), fps="16", sample_rate=16_000, channels=1, loudness=None),
         }
     )
