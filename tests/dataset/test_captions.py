@@ -83,6 +83,28 @@ def test_the_service_is_shown_frames_and_its_words_become_the_caption(
 
 
 @pytest.mark.parametrize(
+    ("answer", "facts"),
+    [
+        (
+            "A piano\nis played.\nCategory: Music\nTags: piano, Hands, piano, room, chair",
+            {"caption": "A piano is played.", "category": "music", "tags": ["piano", "hands", "room"]},
+        ),
+        ("A dog.\n**Category:** animals.", {"caption": "A dog.", "category": "other", "tags": []}),
+        ("Note: a dog.", {"caption": "Note: a dog.", "category": "other", "tags": []}),
+    ],
+)
+def test_tags_and_a_category_are_asked_for_in_the_same_call(
+    service: Service, item: Item, tmp_path: Path, answer: str, facts: dict
+) -> None:
+    service.answer = (200, {}, said(answer))
+    url = f"http://127.0.0.1:{service.server_port}/v1"
+    stage = Caption("vlm", url=url, tags=3, categories=("music", "speech"), images=1, side=32)
+    (out,) = stage(item, tmp_path)
+    assert {name: out.facts[name] for name in facts} == facts
+    assert "one of: music, speech." in service.asked[0][1]["messages"][0]["content"][0]["text"]
+
+
+@pytest.mark.parametrize(
     ("answer", "error", "after"),
     [
         ((429, {"retry-after": "7"}, {}), Transient, 7.0),

@@ -1,4 +1,4 @@
-"""Stage "captions": a sentence for every clip by a model of one's choice, in this process or behind an address."""
+"""Stage "captions": a sentence, and tags, for every clip by a model of one's choice, here or behind an address."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class Caption:
-    """Adds the facts "caption" and "captioned_by".
+    """Adds the facts "caption" and "captioned_by"; where they are asked for, "tags" and "category".
 
     model: with `url`, the model's name there; without, the folder or hub id of a transformers model that takes images
     and gives text. url: of an OpenAI-compatible service, up to and with "/v1". key: name of the environment variable
     that holds its key; the key itself is no parameter. images: frames shown, evenly spaced; side: their longest side.
+    tags: how many words are asked for, at most. categories: kinds of clip, such as data.mixture.CATEGORIES; an answer
+    that names none of them is "other".
     A busy or absent service is tried again later; a request it refuses is an error that names what it said.
     """
 
@@ -38,6 +40,8 @@ class Caption:
     url: str = ""
     key: str = "OPENAI_API_KEY"
     prompt: str = PROMPT
+    tags: int = 0
+    categories: tuple[str, ...] = ()
     images: int = 4
     side: int = 512
     max_tokens: int = 128
@@ -45,21 +49,54 @@ class Caption:
     version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if not self.model or self.images < 1 or (self.url and not self.url.startswith(("http://", "https://"))):
-            told = f"model {self.model!r}, url {self.url!r}, images {self.images}"
+        if (
+            not self.model
+            or self.images < 1
+            or self.tags < 0
+            or (self.url and not self.url.startswith(("http://", "https://")))
+        ):
+            told = f"model {self.model!r}, url {self.url!r}, images {self.images}, tags {self.tags}"
             raise ConfigError(f"Caption: {told}; name a model, an http(s) url or none, and at least one image")
 
     def __call__(self, item: Item, folder: Path) -> Iterable[Item | Drop]:  # noqa: ARG002
         shown = pictures(item, self.images, self.side)
         text = self._ask(shown) if self.url else self._generate(shown)
-        yield item.child(caption=" ".join(text.split()), captioned_by=self.model)
+        yield item.child(**self._understood(text), captioned_by=self.model)
+
+    @property
+    def asked(self) -> str:
+        """The whole prompt."""
+        lines = [self.prompt]
+        if self.categories:
+            lines.append(f'Then a line "Category: " and one of: {", ".join(self.categories)}.')
+        if self.tags:
+            lines.append(f'Then a line "Tags: " and at most {self.tags} words for what is seen, with commas between.')
+        return "\n".join(lines)
+
+    def _understood(self, text: str) -> dict[str, Any]:
+        """The facts of an answer."""
+        lines = {"category": "", "tags": ""}
+        told = []
+        for line in text.splitlines():
+            name, sign, rest = line.strip(" *#-").partition(":")
+            if sign and name.strip(" *").lower() in lines:
+                lines[name.strip(" *").lower()] = rest.strip(" *.").lower()
+            else:
+                told.append(line)
+        facts: dict[str, Any] = {"caption": " ".join(" ".join(told).split())}
+        if self.categories:
+            facts["category"] = next((name for name in self.categories if name.lower() in lines["category"]), "other")
+        if self.tags:
+            words = [word.strip() for word in lines["tags"].split(",")]
+            facts["tags"] = list(dict.fromkeys(word for word in words if word))[: self.tags]
+        return facts
 
     def _ask(self, shown: Sequence[np.ndarray]) -> str:
         try:
             import httpx
         except ImportError:
             raise MissingExtra("httpx", "data") from None
-        content: list[dict[str, Any]] = [{"type": "text", "text": self.prompt}]
+        content: list[dict[str, Any]] = [{"type": "text", "text": self.asked}]
         content += [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in shown]
         told = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         told |= {"max_tokens": self.max_tokens, "temperature": 0}
@@ -89,7 +126,7 @@ class Caption:
         model, processor = _loaded(self.model)
         prompt = {}
         if getattr(processor, "chat_template", None):
-            parts = [{"type": "image"}] * len(shown) + [{"type": "text", "text": self.prompt}]
+            parts = [{"type": "image"}] * len(shown) + [{"type": "text", "text": self.asked}]
             text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
             prompt = {"text": [text], "images": [list(shown)]}
         else:  # a plain captioner sees one picture: the middle one
