@@ -11,6 +11,7 @@ are processor time on one thread, in rounds of one clip each.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,7 @@ def _row(name: str, generator: Generator, request: dict[str, Any], num: int, fol
 def _cost(name: str, run: Path, folder: Path) -> Row:
     """Steps of the run, and processor seconds of one, by training a few again."""
     config = getattr(recipes, name)()
+    shutil.rmtree(folder / "timed", ignore_errors=True)
     few = replace(config, steps=6, validate=None, save_every=100, out=str(folder / "timed"), log_every=100)
     train(replace(few, steps=1), tensorboard=False)
     start = time.process_time()
