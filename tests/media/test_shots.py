@@ -76,6 +76,15 @@ def test_flashes_pans_and_changes_of_light_are_no_cuts() -> None:
     assert starts(scene(rng, 96, 0) * np.linspace(0.3, 1, 96)[:, None, None, None], rng) == [0]
 
 
+def test_a_dim_scene_in_which_a_lamp_flickers_is_one_shot() -> None:
+    frames = np.full((96, 54, 96, 3), 30.0)
+    frames[:, :, 48:] = 38.0  # 4 levels about the mean
+    glow = 40 * np.exp(-(np.arange(96) % 20) / 3.0)
+    frames[:, 20:32, 10:28] += glow[:, None, None, None]
+    clip = Clip(frames.astype(np.uint8), Fraction(FPS))
+    assert [shot.start for shot in shots(clip)] == [0]
+
+
 def test_files_are_streamed_and_shots_tile_them(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     frames = np.concatenate([scene(rng, 30), scene(rng, 42)]).astype(np.uint8)

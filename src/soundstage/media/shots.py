@@ -175,8 +175,11 @@ def _boundaries(signal: CutSignal, threshold: float, second: int) -> list[int]:
     blank = signal.spread < BLANK
     found = _cuts(signal, blank, threshold, second)
     for begin, end in _stretches(blank):
-        inside = begin > 0 and end < len(blank)
-        if inside and (end - begin > 1 or signal.across[begin] > threshold / 2):
+        if begin == 0 or end == len(blank):
+            continue
+        sides = signal.spread[max(0, begin - second) : begin], signal.spread[end : end + second]
+        gone = signal.spread[begin:end].min() < min(side.max() for side in sides) / 4  # a dim scene hovers at the limit
+        if gone and (end - begin > 1 or signal.across[begin] > threshold / 2):
             found.append(int(begin + end) // 2)
     chosen: list[int] = []
     blends = np.flatnonzero((signal.fade > threshold) & (signal.unevenness < 0.2))
