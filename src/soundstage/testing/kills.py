@@ -185,8 +185,8 @@ def disturb(
 ) -> Report:
     """Run with up to `kills` ends by SIGKILL, of workers and of the whole run, and other troubles, until all is done.
 
-    calls: that a quiet run makes, over which the kills are spread. logs: a folder for what is counted, `folder` itself
-    unless told. Raises AssertionError where a run ends by itself in any way but well or by a full disk.
+    calls: that a quiet run makes; the kills are spread over what is left of them. logs: a folder for what is counted,
+    `folder` itself unless told. Raises AssertionError where a run ends by itself in any way but well or by a full disk.
     """
     rng, start, others = random.Random(seed), time.monotonic(), dict(others or {})
     counts, logs = {"worker": 0, "run": 0, **dict.fromkeys(others, 0)}, logs or folder
@@ -206,7 +206,8 @@ def disturb(
         if total >= kills:
             driver.join()
         elif rng.random() < AT_WORK:
-            _work_on(driver, logs, rng.uniform(0, 2 * calls / kills), rng.uniform(0.0, 0.05))
+            left = max(0, calls - _calls(logs)) / (kills - total)
+            _work_on(driver, logs, rng.uniform(0, 1.5 * left), rng.uniform(0.0, 0.05))
         else:
             driver.join(rng.uniform(0.0, 1.0))
         if driver.exitcode == errno.ENOSPC and undo:
