@@ -31,7 +31,7 @@ __all__ = ["Case", "Report", "Round", "Trouble", "compare", "disturb", "drive", 
 BATCH = 16
 ATTEMPTS = 100
 AT_WORK = 0.8
-"""Of the kills so many come at a random call of a stage, the others at a random moment after the last one."""
+"""Of the kills so many come at a random call of a stage, the others before the next call, as while a run starts."""
 CALL = 64
 """Bytes of a line in a log."""
 
@@ -209,7 +209,7 @@ def disturb(
             left = max(0, calls - _calls(logs)) / (kills - total)
             _work_on(driver, logs, rng.uniform(0, 1.5 * left), rng.uniform(0.0, 0.05))
         else:
-            driver.join(rng.uniform(0.0, 1.0))
+            _work_on(driver, logs, 1, 0.0, rng.uniform(0.0, 1.0))
         if driver.exitcode == errno.ENOSPC and undo:
             driver = None
         elif driver.exitcode is not None and driver.exitcode != -signal.SIGKILL:
@@ -260,12 +260,12 @@ def _calls(folder: Path) -> int:
     return sum(log.stat().st_size for log in (folder / "logs").iterdir()) // CALL
 
 
-def _work_on(driver: BaseProcess, logs: Path, calls: float, seconds: float) -> None:
-    """Until so many further calls of stages began, and some seconds more; or the run ends."""
-    goal = _calls(logs) + calls
-    while _calls(logs) < goal and driver.is_alive():
+def _work_on(driver: BaseProcess, logs: Path, calls: float, more: float, at_most: float = float("inf")) -> None:
+    """Until so many further calls of stages began, and some seconds more; or the run ends, or `at_most` seconds."""
+    goal, end = _calls(logs) + calls, time.monotonic() + at_most
+    while _calls(logs) < goal and driver.is_alive() and time.monotonic() < end:
         time.sleep(0.002)
-    driver.join(seconds)
+    driver.join(more)
 
 
 def compare(case: Case, where: str | Path, folder: Path, calm: Path) -> int:
