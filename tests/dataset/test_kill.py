@@ -1,10 +1,12 @@
 """Runs that are killed with SIGKILL, whole or one of their workers: nothing is lost, doubled or damaged."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +15,11 @@ import pytest
 from soundstage.data.flow import Flow, Item
 from soundstage.data.ledger import Ledger
 from soundstage.data.runner import run
-from soundstage.testing.kills import compare, disturb, undisturbed
-from soundstage.testing.stages import Read, Stumble, Write, counted, numbers
+from soundstage.data.scan import Scan
+from soundstage.testing.disks import SmallDisk
+from soundstage.testing.films import BROKEN, raw_films
+from soundstage.testing.kills import Case, Report, Trouble, compare, disturb, drive, repeated, toy, undisturbed
+from soundstage.testing.stages import Stumble, Write, counted, numbers
 
 SCRIPT = """
 import sys
@@ -29,45 +34,77 @@ if __name__ == "__main__":
 """
 
 
+def killed(folder: Path, case: Case, kills: int, seed: int) -> Report:
+    """A disturbed run that ended as a quiet one, and repeated no more than each kill allows."""
+    calls = undisturbed(case, folder / "calm" / "set", folder / "calm")
+    report = disturb(case, folder / "wild" / "set", folder / "wild", calls, kills, seed=seed)
+    assert compare(case, folder / "wild" / "set", folder / "wild", folder / "calm") > 0
+    assert report.tasks == calls
+    assert [each for each in report.rounds if each.repeated > report.bound(each)] == []
+    return report
+
+
 @pytest.mark.slow
 def test_a_few_kills_change_nothing(tmp_path: Path) -> None:
-    report = disturb(tmp_path / "wild" / "set", tmp_path / "wild", 60, kills=8, seed=1)
-    undisturbed(tmp_path / "calm" / "set", tmp_path / "calm", 60)
-    compare(tmp_path / "wild" / "set", tmp_path / "wild", tmp_path / "calm")
+    report = killed(tmp_path, toy(60), 8, 1)
     assert sum(report.kills.values()) >= 4
-    assert 0 < report.wasted <= report.allowed
 
 
 @pytest.mark.trial
 def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
-    report = disturb(tmp_path / "wild" / "set", tmp_path / "wild", 1500, kills=100, seed=2)
-    undisturbed(tmp_path / "calm" / "set", tmp_path / "calm", 1500)
-    compare(tmp_path / "wild" / "set", tmp_path / "wild", tmp_path / "calm")
+    report = killed(tmp_path, toy(1500), 100, 2)
     assert sum(report.kills.values()) >= 90
-    assert 0 < report.wasted <= report.allowed
 
 
 @pytest.mark.slow
-def test_a_twentieth_of_broken_files_is_quarantined_to_the_file(tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    broken = {20: "truncated", 40: "empty", 60: "wrong header", 10: "SIGSEGV", 80: "SIGSEGV", 110: "SIGSEGV"}
-    for n in range(120):
-        text = b"crash" if broken.get(n) == "SIGSEGV" else f"text {n}".encode()
-        whole = b"TOY %d\n" % len(text) + text
-        damaged = {20: whole[:-2], 40: b"", 60: b"RIFF" + whole}
-        (raw / f"{n:03}.toy").write_bytes(damaged.get(n, whole))
-    flow = Flow({"read": Read()})
+def test_kills_on_a_disk_that_is_full_now_and_then_change_nothing(disk: SmallDisk, tmp_path: Path) -> None:
+    case, wild = toy(60), disk.folder / "wild"
+    calls = undisturbed(case, tmp_path / "calm" / "set", tmp_path / "calm")
+    full = {"full disk": Trouble(disk.fill, disk.relieve)}
+    report = disturb(case, wild / "set", wild, calls, 8, seed=4, others=full, logs=tmp_path)
+    compare(case, wild / "set", wild, tmp_path / "calm")
+    assert report.kills["full disk"] >= 1
+    assert [each for each in report.rounds if each.repeated > report.bound(each)] == []
+
+
+@pytest.mark.slow
+def test_what_a_kill_costs_is_counted(tmp_path: Path) -> None:
+    case = Case({"hang": Stumble(str(tmp_path))}, [Item(facts={"n": 1, "fate": "hang"})])
+    flow, calls = case.flow(tmp_path), tmp_path / "1"
     with Ledger.open(tmp_path / "set") as ledger:
-        ledger.add(Item({"media": path}, {"name": path.name}) for path in sorted(raw.iterdir()))
-        (line,) = run(flow, ledger, workers=2, backoff=0.01)
-        found = {int(each.items[0].facts["name"][:3]): each for each in ledger.quarantine(flow)}
-        assert set(found) == set(broken)
-        assert (line.passed, line.poisoned, line.failed) == (114, 3, 3)
-        for n, why in broken.items():
-            assert why in found[n].reason
-            assert (found[n].state, found[n].attempts) == (("failed", 3) if why == "SIGSEGV" else ("poisoned", 1))
-        assert {int(item.facts["name"][:3]) for item in ledger.results(flow)} == set(range(120)) - set(broken)
+        ledger.add(case.items)
+        driver = multiprocessing.get_context("forkserver").Process(
+            target=drive, args=(tmp_path / "set", tmp_path, flow, 1)
+        )
+        driver.start()
+        _until(lambda: counted(calls) == 1)
+        assert not repeated(tmp_path)
+        driver.kill()
+        driver.join()
+        (line,) = run(flow, ledger, workers=1, backoff=0.01)
+        assert (line.passed, counted(calls)) == (1, 2)
+    assert repeated(tmp_path) == {driver.pid: 1}
+
+
+@pytest.mark.slow
+def test_a_twentieth_of_broken_films_is_quarantined_to_the_file(tmp_path: Path) -> None:
+    broken: dict[int, str] = raw_films(tmp_path / "raw", 120, distinct=8)
+    assert sorted(Counter(broken.values())) == sorted(BROKEN)
+    crashing = {25, 65}  # a decoder that takes its process down, every time
+    fates = {n: {"fate": "segfault"} for n in crashing}
+    flow = Flow({"decode": Stumble(str(tmp_path), times=99), "scan": Scan()})
+    with Ledger.open(tmp_path / "set") as ledger:
+        paths = sorted((tmp_path / "raw").iterdir())
+        ledger.add(Item({"media": path}, {"n": n, **fates.get(n, {})}) for n, path in enumerate(paths))
+        decode, scan = run(flow, ledger, workers=2, backoff=0.01)
+        found = {each.items[0].facts["n"]: each for each in ledger.quarantine(flow)}
+        assert set(found) == {*broken, *crashing}
+        assert (decode.entered, decode.passed, decode.poisoned, decode.failed) == (120, 118, 0, 2)
+        assert (scan.entered, scan.passed, scan.poisoned, scan.failed) == (118, 112, 6, 0)
+        for n, each in found.items():
+            assert (each.state, each.attempts) == (("failed", 3) if n in crashing else ("poisoned", 1))
+            assert "SIGSEGV" in each.reason if n in crashing else each.reason
+        assert {item.facts["n"] for item in ledger.results(flow)} == set(range(120)) - set(found)
 
 
 def test_a_hanging_worker_is_stopped_at_the_limit(tmp_path: Path) -> None:

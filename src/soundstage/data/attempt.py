@@ -54,7 +54,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job. lost: its worker died in it; released: its worker died before it; full: the disk is."""
+    """What became of a job. lost: its worker died in it; released: its worker died before it; full: the disk is.
+
+    free: the attempt does not count.
+    """
 
     kind: Kind
     results: tuple[Result, ...] = ()
@@ -62,6 +65,7 @@ class Outcome:
     error: str | None = None
     after: float | None = None
     seconds: float | None = None
+    free: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ class Work:
         if isinstance(error, Poison | MediaError):
             return Outcome("poison", reason=plain(str(error)), error=trace, seconds=seconds)
         if isinstance(error, Transient):
-            return Outcome("transient", reason=said, error=trace, after=error.after, seconds=seconds)
+            after, free = error.after, error.progressed or error.after is not None
+            return Outcome("transient", reason=said, error=trace, after=after, seconds=seconds, free=free)
         return Outcome("error", reason=said, error=trace, seconds=seconds)
 
 

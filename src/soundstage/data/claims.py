@@ -6,9 +6,10 @@ import contextlib
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ __all__ = ["Claims", "Left"]
 
 SPARED_SECONDS = 3600.0
 """Files that no item names are spared for so long where other runs are alive: they may be about to name them."""
+FREE_RETURNS = 100
+"""How often in one run a task may come back without an attempt being counted, lest a host keep a run for ever."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Claims:
         self.attempts, self.lease, self.backoff = attempts, lease, backoff
         self.owner = new_owner()
         self._tickets = 0
+        self._returns = Counter[tuple[int, str]]()
         self._until = 0.0
         self._end = threading.Event()
         self.database.write(self._enter, durable=False)
@@ -129,25 +133,30 @@ class Claims:
 
     def clean(self, *, spare: bool) -> int:
         """Remove files of the store that no item names, such as those of a killed run; spare: not the young ones."""
-        import sqlalchemy as sa
-
-        t, removed = tables(), 0
+        removed = 0
         for shelf in self.ledger.store.shelves():
-
-            def work(c: Connection, shelf: str = shelf) -> int:
-                self.database.exclude(c)
-                known = set(c.execute(sa.select(t.blob.c.name).where(t.blob.c.name.startswith(shelf + "/"))).scalars())
-                count = 0
-                for path in (self.ledger.folder / shelf).iterdir():
-                    if f"{shelf}/{path.name}" in known:
-                        continue
-                    if not spare or time.time() - path.stat().st_mtime > SPARED_SECONDS:
-                        path.unlink(missing_ok=True)
-                        count += 1
-                return count
-
-            removed += self.database.write(work)
+            names = [f"{shelf}/{path.name}" for path in (self.ledger.folder / shelf).iterdir()]
+            if unnamed := self.database.read(partial(self._unnamed, names=names)):
+                removed += self.database.write(partial(self._remove, names=unnamed, spare=spare))
         return removed
+
+    def _unnamed(self, c: Connection, names: Sequence[str]) -> list[str]:
+        known: set[str] = set()
+        for portion in portions(names):
+            known |= set(c.execute(_known(), {"names": portion}).scalars())
+        return [name for name in names if name not in known]
+
+    def _remove(self, c: Connection, names: Sequence[str], spare: bool) -> int:
+        """Remove those that no item names now that nobody can commit; how many."""
+        self.database.exclude(c)
+        count = 0
+        for name in self._unnamed(c, names):
+            path = self.ledger.folder / name
+            with contextlib.suppress(FileNotFoundError):  # another run cleans as well
+                if not spare or time.time() - path.stat().st_mtime > SPARED_SECONDS:
+                    path.unlink()
+                    count += 1
+        return count
 
     # Work to do
 
@@ -354,11 +363,13 @@ class Claims:
             if outcome.kind in ("released", "full"):
                 free.append(_row(job, "pending", attempts=job.attempts))
                 continue
-            spent = job.attempts + 1 >= self.attempts
-            state = "poisoned" if outcome.kind == "poison" else "failed" if spent else "pending"
+            self._returns[job.stage, job.key] += outcome.free
+            counts = not outcome.free or self._returns[job.stage, job.key] > FREE_RETURNS
+            made = job.attempts + counts
+            state = "poisoned" if outcome.kind == "poison" else "failed" if made >= self.attempts else "pending"
             pause = max(self.backoff * 2**job.attempts * random.uniform(0.5, 1.5), outcome.after or 0.0)
             told = {"reason": outcome.reason, "error": outcome.error, "seconds": outcome.seconds}
-            tried.append(_row(job, state, not_before=now + pause, **told))
+            tried.append(_row(job, state, attempts=made, not_before=now + pause, **told))
         _update(c, free, ["state", "attempts"])
         _update(c, tried, ["state", "attempts", "not_before", "reason", "error", "seconds"])
         return free + tried
@@ -412,6 +423,14 @@ def _held_by() -> Any:  # noqa: ANN401
     mine = sa.and_(_is("held"), task.owner == sa.bindparam("mine"))
     these = task.key.in_(sa.bindparam("keys", expanding=True))
     return sa.select(task.stage, task.key).where(mine, these).order_by(task.stage, task.key).with_for_update()
+
+
+@cache
+def _known() -> Any:  # noqa: ANN401
+    import sqlalchemy as sa
+
+    name = tables().blob.c.name
+    return sa.select(name).where(name.in_(sa.bindparam("names", expanding=True)))
 
 
 @cache

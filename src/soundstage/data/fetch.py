@@ -74,8 +74,12 @@ class Fetch:
                 if item.facts.get("source") == "ytdlp":
                     return self.pages.fetch(item, folder, parts / "pages", web, self.manners, self.largest)
                 with held(parts / "files", url) as part:
+                    before = part.size
                     try:
                         return [self._fetched(item, part, folder, web)]
+                    except Transient as error:
+                        error.progressed = part.size > before
+                        raise
                     except (Refused, Poison, _TooLarge):
                         part.discard()
                         raise

@@ -20,11 +20,15 @@ __all__ = ["Drop", "Flow", "Gather", "Item", "Poison", "Stage", "Transient", "de
 
 
 class Transient(SoundstageError, RuntimeError):
-    """Try again later: a busy server, a dead connection. after: seconds to wait at least, where they were told."""
+    """Try again later: a busy server, a dead connection.
 
-    def __init__(self, message: str, after: float | None = None) -> None:
+    after: seconds to wait at least, where a host asked for them. progressed: this attempt kept more than there was
+    before, such as the next part of a file. In either case it is not counted as an attempt.
+    """
+
+    def __init__(self, message: str, after: float | None = None, *, progressed: bool = False) -> None:
         super().__init__(message)
-        self.after = after
+        self.after, self.progressed = after, progressed
 
 
 class Poison(SoundstageError, ValueError):

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from soundstage.data.flow import Drop, Item, Poison, Transient
 
-__all__ = ["Bundle", "Gate", "Letters", "Once", "Read", "Split", "Stumble", "Write", "counted", "numbers"]
+__all__ = ["Bundle", "Gate", "Letters", "Once", "Split", "Stumble", "Write", "counted", "numbers"]
 
 
 def numbers(count: int) -> Iterator[Item]:
@@ -135,29 +135,6 @@ def _end(fate: str) -> None:
         os._exit(3)
     if fate == "hang":
         time.sleep(3600)
-
-
-@dataclass(frozen=True)
-class Read:
-    """Reads files of the form "TOY <length>\\n<text>"; broken ones are poison, and text "crash" ends its process."""
-
-    version: ClassVar[int] = 1
-
-    def __call__(self, item: Item, folder: Path) -> Iterable[Item | Drop]:
-        """The text in a file of its own."""
-        head, _, text = Path(item.files["media"]).read_bytes().partition(b"\n")
-        if not head:
-            raise Poison("empty")
-        kind, _, length = head.partition(b" ")
-        if kind != b"TOY":
-            raise Poison("wrong header")
-        if int(length) != len(text):
-            raise Poison(f"truncated: {len(text)} of {int(length)} bytes")
-        if text == b"crash":
-            ctypes.string_at(0)
-        path = folder / "text.txt"
-        path.write_bytes(text)
-        return [item.child({"text": path}).without("media")]
 
 
 @dataclass(frozen=True)
