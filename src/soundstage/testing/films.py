@@ -63,7 +63,7 @@ def films(folder: Path, count: int) -> Case:
     broken = raw_films(folder, count)
     stages = {
         "scan": Scan(),
-        "gate": Gate(tuple(limit for limit in LIMITS if limit.reason in KEPT)),
+        "gate": Gate({reason: limit for reason, limit in LIMITS.items() if reason in KEPT}),
         "views": Views(sizes=((32, 32),), fps="16", sample_rate=16_000, channels=1, loudness=None),
         "pack": Pack(num=12),
     }
