@@ -345,7 +345,7 @@ def start(case: Case, rounds: int) -> list[Row]:
     walls, used = walls[1:], used[1:]  # the first compiles
     row = {"section": "start", "case": "first window", "wall": statistics.median(walls)}
     row |= {"wall_least": min(walls), "wall_most": max(walls)}
-    return [row | {"processor": statistics.median(used)}]
+    return [row | {"processor": statistics.median(used), "nice": os.nice(0), "load": os.getloadavg()[0]}]
 
 
 def command(
