@@ -5,17 +5,23 @@
     python benchmarks/loading.py --table               # only the table of what was measured
 
 A sample is 2 s of picture at the model's size and of sound at its rate, from a random place of each clip. What is
-timed is the processor's time of one thread; with workers, the time on the wall, of both in turns. The peers:
+timed is the processor's time of one thread; with workers, the time on the wall, of one after the other in turns, and
+the processor's time of all processes. `start` is what a new process takes to its first decoded window, imports
+included, with bytecode compiled as an installed package has it. The peers, all with webdataset:
 
-whole     webdataset, PyAV decodes the clip to RGB, torch scales it down, the window is cut: the usual way
-range     the same written with care: PyAV seeks to the window and stops after it, torch scales what is left
-torchcodec  webdataset, torchcodec decodes the window and torch scales it (where it is installed)
+whole             PyAV decodes the clip to RGB, torch scales it down, the window is cut: the usual way
+range             the same written with care: PyAV seeks to the window and stops after it, torch scales what is left
+torchcodec        torchcodec at its defaults gives the window, torch scales it
+torchcodec, care  it seeks without a scan, scales (bilinear), crops and resamples itself
+
+torchcodec needs the shared libraries of FFmpeg 4 to 8; where it cannot be imported it is left out, and a line says so.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -27,6 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from hashlib import file_digest
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,10 +47,10 @@ from measure import Row, Timer, commit, compare, machine, rows, spread, table, t
 from torch import Tensor
 
 from soundstage.core.av import AV
-from soundstage.data.clips import Clips
+from soundstage.data.clips import EXPECTED, Clips
 from soundstage.data.flow import Item
-from soundstage.data.reading import Shards, ShardSource
-from soundstage.data.records import ClipShape, sample_of
+from soundstage.data.reading import Shards, ShardSource, covering
+from soundstage.data.records import ClipShape, media_of
 from soundstage.data.shards import Pack, pack
 from soundstage.media.clip import Clip
 from soundstage.media.frames import cover
@@ -51,6 +58,9 @@ from soundstage.world import render, stream_item
 
 Decode = Callable[[bytes, Fraction], AV[Tensor]]
 """A film and the second at which the window starts, to a sample."""
+Reading = tuple[Callable[[], object], Callable[[], None]]
+"""What gives the next batch, and what ends it."""
+PEERS = ("av", "webdataset", "torchcodec")
 OUT = Path(__file__).parent / "results" / "loading.json"
 SHAPE = ClipShape(fps=24, size=(256, 448), num_frames=49, sample_rate=16000, channels=1)
 SECONDS, SIZE = 8, (360, 640)
@@ -103,14 +113,12 @@ def prepared(files: Sequence[Path], folder: Path) -> Case:
 # Ours
 
 
-def ours(case: Case) -> list[AV[Tensor]]:
-    """Every window of the case, from a source that was just built."""
+def ours(case: Case) -> AV[Tensor]:
+    """Every window of the case as a batch, from a source that was just built."""
     source = Shards(case.url).build(SHAPE)
-    found = []
-    for row, key in enumerate(source.manifest.texts("key")):
-        window = replace(source.window(_first(source, row)), start=case.starts[key])
-        found.append(sample_of(window.read()).media)
-    return found
+    keys = list(enumerate(source.manifest.texts("key")))
+    windows = (replace(source.window(_first(source, row)), start=case.starts[key]) for row, key in keys)
+    return media_of((window.read() for window in windows), len(keys))
 
 
 def _first(source: ShardSource, row: int) -> int:
@@ -186,17 +194,40 @@ def _sound(
     return (wave if start is None else wave[:, max(0, round((start - (begin or 0)) * rate)) :]), rate
 
 
-def torchcodec(film: bytes, start: Fraction) -> AV[Tensor]:
-    """torchcodec's range, one thread."""
+def coded(film: bytes, start: Fraction) -> AV[Tensor]:
+    """torchcodec's range at its defaults."""
     from torchcodec.decoders import AudioDecoder, VideoDecoder
 
-    end = float(start + SHAPE.seconds)
-    half = 1 / 48
-    frames = VideoDecoder(film, num_ffmpeg_threads=1, seek_mode="approximate").get_frames_played_in_range(
-        float(start) + half, end - half
-    )
+    half, end = 1 / 48, float(start + SHAPE.seconds)
+    frames = VideoDecoder(film).get_frames_played_in_range(float(start) + half, end - half)
     heard = AudioDecoder(film).get_samples_played_in_range(float(start), end)
     return _scaled(frames.data.float(), heard.data.numpy(), heard.sample_rate)
+
+
+def coded_with_care(film: bytes, start: Fraction) -> AV[Tensor]:
+    """torchcodec's range, sought without a scan, scaled, cropped and resampled by itself."""
+    from torchcodec.decoders import AudioDecoder, VideoDecoder
+    from torchcodec.transforms import CenterCrop, Resize
+
+    half, end = 1 / 48, float(start + SHAPE.seconds)
+    shown = [Resize(covering(SIZE, SHAPE.size)), CenterCrop(SHAPE.size)]
+    decoder = VideoDecoder(film, seek_mode="approximate", transforms=shown)
+    frames = decoder.get_frames_played_in_range(float(start) + half, end - half)
+    sound = AudioDecoder(film, sample_rate=SHAPE.sample_rate, num_channels=1)
+    wave = sound.get_samples_played_in_range(float(start), end).data[:, : SHAPE.samples]
+    video = frames.data.permute(1, 0, 2, 3).float().div_(127.5).sub_(1)
+    return AV(video, F.pad(wave, (0, SHAPE.samples - wave.shape[1])))
+
+
+def with_torchcodec() -> bool:
+    """Whether it can be imported; says so where it cannot."""
+    try:
+        import torchcodec.decoders
+    except (ImportError, OSError, RuntimeError) as error:
+        told = str(error).strip().splitlines()[:1]
+        print(f"torchcodec cannot be imported, it is left out: {''.join(told)}", file=sys.stderr)  # noqa: T201
+        return False
+    return bool(torchcodec.decoders)
 
 
 def _sample(frames: np.ndarray, wave: np.ndarray, rate: int) -> AV[Tensor]:
@@ -224,9 +255,9 @@ def _scaled(frames: Tensor, wave: np.ndarray, rate: int) -> AV[Tensor]:
 def single(case: Case, rounds: int) -> list[Row]:
     """One thread of one process, by the processor's time."""
     cases = {"webdataset, whole": whole, "webdataset, range": ranged}
-    if find_spec("torchcodec"):
-        cases["webdataset, torchcodec"] = torchcodec
-    runs: dict[str, Any] = {"ours": lambda: lambda: _together(ours(case))}
+    if with_torchcodec():
+        cases |= {"webdataset, torchcodec": coded, "webdataset, torchcodec, care": coded_with_care}
+    runs: dict[str, Any] = {"ours": lambda: lambda: ours(case)}
     runs |= {name: (lambda decode=decode: lambda: _together(peers(case, decode))) for name, decode in cases.items()}
     found = compare(runs, Timer(torch.device("cpu"), rounds))
     kept = []
@@ -241,48 +272,80 @@ def _together(samples: list[AV[Tensor]]) -> AV[Tensor]:
 
 
 def parallel(case: Case, rounds: int, workers: int, batches: int) -> list[Row]:
-    """With workers, on the wall: batches of 4 from a run that goes on, four of them read ahead by either."""
-    import webdataset
+    """With workers, on the wall: batches of 4 from a run that goes on, four of them read ahead by either.
 
-    stream = Clips(Shards(case.url), SHAPE, workers=workers, memory=16 * 22_000_000).build()
-    step = iter(range(10**9))
-    data = _pipeline(case, ranged).repeat()
-    loader = webdataset.WebLoader(
-        data.batched(4, collation_fn=_together), batch_size=None, num_workers=workers, prefetch_factor=4 // workers
-    )
-    found = iter(loader)
-    take = {"ours": lambda: stream.batch(next(step), 4), "webdataset, range": lambda: next(found)}
-    times: dict[str, list[float]] = {name: [] for name in take}
-    for one in take.values():
-        one()
+    Each turn starts its own workers and ends them, so that none works while another is timed.
+    """
+    kinds: dict[str, Callable[[], Reading]] = {"ours": lambda: _stream(case, workers)}
+    kinds["webdataset, range"] = lambda: _loader(case, ranged, workers)
+    if with_torchcodec():
+        kinds["webdataset, torchcodec, care"] = lambda: _loader(case, coded_with_care, workers)
+    walls: dict[str, list[float]] = {name: [] for name in kinds}
+    used: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(rounds):
-        for name in sorted(take, reverse=bool(turn % 2)):
-            for _ in range(4):  # what was read ahead while the other was timed
-                take[name]()
-            start = time.perf_counter()
+        for name in sorted(kinds, reverse=bool(turn % 2)):
+            take, close = kinds[name]()
+            for _ in range(EXPECTED + 1):  # what was read ahead while nothing was timed
+                take()
+            before, begin = _processor(), time.perf_counter()
             for _ in range(batches):
-                take[name]()
-            times[name].append(time.perf_counter() - start)
-    stream.close()
+                take()
+            walls[name].append(time.perf_counter() - begin)
+            used[name].append(_processor() - before)
+            del take
+            close()
     kept = []
-    for name, each in times.items():
+    for name, each in walls.items():
         row: Row = {"section": f"{workers} workers", "case": name}
         row["samples_per_second"] = 4 * batches / statistics.median(each)
-        kept.append(row if name == "ours" else row | spread(each, times["ours"]))
+        row["processor_per_sample"] = statistics.median(used[name]) / (4 * batches)
+        if name != "ours":
+            row |= spread(each, walls["ours"])
+            row |= {f"processor_{key}": value for key, value in spread(used[name], used["ours"]).items()}
+        kept.append(row)
     return kept
+
+
+def _stream(case: Case, workers: int) -> Reading:
+    stream = Clips(Shards(case.url), SHAPE, workers=workers, memory=16 * 22_000_000).build()
+    step = iter(range(10**9))
+    return lambda: stream.batch(next(step), 4), stream.close
+
+
+def _loader(case: Case, decode: Decode, workers: int) -> Reading:
+    import webdataset
+
+    data = _pipeline(case, decode).repeat().batched(4, collation_fn=_together)
+    found = iter(webdataset.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=EXPECTED // workers))
+    return lambda: next(found), lambda: None  # its workers end when it is let go
+
+
+def _processor() -> float:
+    """Seconds that the processor has worked for this process and the workers it has."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def start(case: Case, rounds: int) -> list[Row]:
     """Seconds from a new process to the first decoded window: on the wall, and of the processor with Python's own."""
     walls, used = [], []
-    for _ in range(rounds):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", FIRST, case.url], check=True, capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        walls.append(float(done.stdout))
-        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    row = {"section": "start", "case": "first window", "wall": statistics.median(walls), "wall_least": min(walls)}
-    return [row | {"processor": statistics.median(used)}]
+    with TemporaryDirectory() as compiled:
+        told = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        told["PYTHONPYCACHEPREFIX"] = compiled
+        for _ in range(rounds + 1):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            words = [sys.executable, "-c", FIRST, case.url]
+            done = subprocess.run(words, check=True, capture_output=True, text=True, env=told)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            walls.append(float(done.stdout))
+            used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    walls, used = walls[1:], used[1:]  # the first compiles
+    row = {"section": "start", "case": "first window", "wall": statistics.median(walls)}
+    row |= {"wall_least": min(walls), "wall_most": max(walls)}
+    return [row | {"processor": statistics.median(used), "nice": os.nice(0), "load": os.getloadavg()[0]}]
 
 
 def command(
@@ -298,8 +361,6 @@ def command(
     if not show:
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", module="webdataset")
-        if not find_spec("torchcodec"):
-            print("torchcodec is not installed: it is left out", file=sys.stderr)  # noqa: T201
         with TemporaryDirectory() as folder:
             files = sorted(clips.glob("*.mp4"))[:num] if clips else list(made(Path(folder), num))
             case = prepared(files, Path(folder))
@@ -309,7 +370,8 @@ def command(
         measured = {row["section"] for row in found}
         before = json.loads(out.read_text(encoding="utf-8"))["rows"] if only and out.is_file() else []
         found = [row for row in before if row["section"] not in measured] + found
-        about = {"date": today(), **commit(), "machine": machine(torch.device("cpu"))}
+        about: Row = {"date": today(), **commit(), "machine": machine(torch.device("cpu"))}
+        about["machine"]["packages"] |= {name: version(name) for name in PEERS if find_spec(name)}
         told = {"source": "folder" if clips else "world", "clips": len(files), "window": float(SHAPE.seconds)}
         told |= {"file_size": "as found" if clips else list(SIZE), "size": list(SHAPE.size), "load": os.getloadavg()[0]}
         out.parent.mkdir(exist_ok=True)
@@ -324,8 +386,15 @@ def command(
         "time against ours": lambda row: (
             f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" if "ratio" in row else ""
         ),
+        "processor against ours": lambda row: (
+            f"{row['processor_ratio']:.2f} ({row['processor_ratio_low']:.2f} to {row['processor_ratio_high']:.2f})"
+            if "processor_ratio" in row
+            else ""
+        ),
         "difference": lambda row: f"{row['difference']:.3f}" if row.get("difference") is not None else "",
-        "wall s": lambda row: f"{row['wall']:.2f} (least {row['wall_least']:.2f})" if "wall" in row else "",
+        "wall s": lambda row: (
+            f"{row['wall']:.2f} ({row['wall_least']:.2f} to {row['wall_most']:.2f})" if "wall" in row else ""
+        ),
         "processor s": lambda row: f"{row['processor']:.2f}" if "processor" in row else "",
     }
     print(table(kept, columns))  # noqa: T201

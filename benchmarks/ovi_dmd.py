@@ -84,11 +84,12 @@ class Noise:
         """Itself."""
         return self
 
-    def batch(self, step: int, size: int) -> Batch:
-        """Samples step * size onwards."""
+    def batch(self, step: int, size: int, part: int = 0, of: int = 1) -> Batch:
+        """Samples step * size onwards, or one of `of` equal parts of them."""
         x0 = Rng.of(step, size).normal_like(self.shape.map(lambda shape: torch.empty(size, *shape)))
         cond = Inputs(self.preset, torch.device("cpu"), torch.float32).told()
-        return Batch(x0, cond.map(lambda x: x.expand(size, *x.shape[1:])), tuple(str(i) for i in range(size)))
+        cond = cond.map(lambda x: x.expand(size, *x.shape[1:]))
+        return Batch(x0, cond, tuple(str(i) for i in range(size))).part(part, of)
 
 
 def run_of(preset: Preset, depth: int, steps: int, out: Path) -> TrainConfig:

@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import Tensor
 
-from soundstage.core import AV, Batch, Conditions
+from soundstage.core import AV, Batch, Conditions, ShapeError
 
 
 def test_parts_of_a_batch(x: AV[Tensor], text: Conditions) -> None:
@@ -14,3 +15,6 @@ def test_parts_of_a_batch(x: AV[Tensor], text: Conditions) -> None:
         assert torch.equal(second.cond.text[name], text.text[name][2:])
     moved = batch.to("meta")
     assert all(z.device.type == "meta" for z in (*moved.x0.values(), *moved.cond.text.values()))
+    assert batch.part(0, of=1).ids == batch.ids
+    with pytest.raises(ShapeError, match="4 samples do not divide into 3 equal parts"):
+        batch.part(0, of=3)

@@ -13,6 +13,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from soundstage.core.errors import Caution, ConfigError
 from soundstage.data import places
@@ -21,8 +22,8 @@ from soundstage.data.clips import Clips
 from soundstage.data.flow import Item
 from soundstage.data.latents import Latents
 from soundstage.data.mixture import Mixture
-from soundstage.data.reading import Shards, source_of
-from soundstage.data.records import ClipShape
+from soundstage.data.reading import Raw, Shards, source_of
+from soundstage.data.records import ClipShape, media_of
 from soundstage.data.shards import Pack, pack
 from soundstage.data.workers import ReaderDied
 from soundstage.media import decode
@@ -213,3 +214,21 @@ def test_sources_by_name() -> None:
     assert source_of("shards:s3://bucket/set") == Shards("s3://bucket/set")
     with pytest.raises(ConfigError, match=r"'clips' is not folder:PATH.*or shards:URL"):
         source_of("clips")
+
+
+def test_a_large_batch_takes_the_memory_of_one_that_is_gone_and_of_no_other() -> None:
+    frames = np.arange(60 * 128 * 128 * 3, dtype=np.uint32).astype(np.uint8).reshape(60, 128, 128, 3)
+
+    def batch(add: int) -> Tensor:
+        return media_of([Raw(frames + np.uint8(add), None, "", "", 16000)], 1)["video"]
+
+    one = batch(0)
+    kept, place = one[0, :, 5:7], one.data_ptr()
+    before = kept.clone()
+    del one
+    two = batch(1)
+    assert two.data_ptr() != place and torch.equal(kept, before)
+    assert torch.equal(two[0], torch.from_numpy(frames + np.uint8(1)).permute(3, 0, 1, 2).float() / 127.5 - 1)
+    again = two.data_ptr()
+    del two
+    assert batch(2).data_ptr() == again

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soundstage.data.batching import Cursor, Interleaved, Order, Sampler
+from soundstage.core.errors import ShapeError
+from soundstage.data.batches import Batches, Labels
+from soundstage.data.batching import Interleaved, Order
+from soundstage.data.shapes import ClipShape
 
-RUNS = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 40), st.integers(1, 4)), min_size=1, max_size=8)
-"""Stretches of a run: processes, samples of all of them per step, steps."""
+RUNS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=8)
+"""Stretches of a run: processes, steps, samples of each process per step."""
 
 
 @settings(max_examples=60, deadline=None)
@@ -19,17 +23,15 @@ def test_any_number_of_processes_takes_every_sample_once_per_epoch(
     num: int, seed: int, runs: list[tuple[int, int, int]]
 ) -> None:
     seen: list[int] = []
-    cursor = Cursor()
-    for world, size, steps in runs:
-        samplers = [Sampler(Order(num, seed), rank, world, cursor) for rank in range(world)]
-        for _ in range(steps):
-            shares = [sampler.take(size).tolist() for sampler in samplers]
-            assert max(map(len, shares)) - min(map(len, shares)) <= 1
-            dealt = [shares[i % world][i // world] for i in range(size)]
-            seen += dealt
-        assert len({sampler.cursor for sampler in samplers}) == 1
-        cursor = samplers[0].cursor
-        assert cursor == Cursor(*divmod(len(seen), num), world)
+    for world, steps, each in runs:
+        size = each * world
+        first = -(-len(seen) // size)
+        lost = Order(num, seed).take(len(seen), first * size - len(seen)).tolist() if len(seen) % size else []
+        assert len(lost) < size  # all that another size of batch passes over
+        seen += lost
+        for step in range(first, first + steps):
+            for rank in range(world):
+                seen += Batches(num, seed).take(step, size, rank, world).tolist()
     assert seen == Order(num, seed).take(0, len(seen)).tolist()
     for epoch in range(len(seen) // num):
         assert sorted(seen[epoch * num : (epoch + 1) * num]) == list(range(num))
@@ -65,6 +67,13 @@ def test_streams_come_by_their_share_and_in_their_order(rates: list[Fraction], p
         assert mixed.counts(position)[stream] == int((which[:position] == stream).sum())
 
 
-def test_a_rank_that_is_none() -> None:
-    with pytest.raises(ValueError, match="rank 2 is not one of 2 processes"):
-        Sampler(Order(4), 2, 2)
+def test_a_batch_that_does_not_divide() -> None:
+    with pytest.raises(ShapeError, match="6 samples do not divide into 4 equal parts"):
+        Batches(20).take(0, 6, 1, 4)
+    shapes = (ClipShape(), ClipShape(num_frames=17))
+    labels = Labels(shapes, np.array([0, 1] * 10), [""] * 20, np.ones(20))
+    several = Batches(20, 0, labels, (), lambda shape, like, size: size if shape == like else size + 1, shapes[0])
+    assert {len(several.take(step, 4)) for step in range(9)} == {4, 5}
+    for step in range(9):  # whichever of the two shapes it has
+        with pytest.raises(ShapeError, match=r"5 samples do not divide into 2 equal parts.* multiple= of buckets"):
+            several.take(step, 4, 0, 2)

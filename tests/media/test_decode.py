@@ -195,3 +195,22 @@ def test_late_sound_begins_with_silence(tmp_path: Path) -> None:
     assert not back.wave[0, :12_000].any()
     np.testing.assert_allclose(back.wave[0, 12_000:], 0.5, atol=1e-4)
     np.testing.assert_array_equal(read(path, start=0.2, end=0.5).wave, back.wave[:, 9_600:24_000])
+
+
+@pytest.mark.parametrize("width", [47, 48])
+def test_scaled_colours_are_those_of_every_pixel(width: int, tmp_path: Path) -> None:
+    """Held against the file's own luma and chroma, scaled and turned to RGB in floating point."""
+    y, x = np.mgrid[:48, :96] / 16.0
+    waves = np.stack([np.sin(x + y), np.cos(1.3 * x), np.sin(0.7 * x - y)], axis=-1)
+    path = Clip(np.uint8(127.5 + 100 * waves)[None].repeat(3, 0), Fraction(8)).save(tmp_path / "clip.mp4")
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        planes = frame.reformat(width=width, height=24, format="yuv444p", interpolation="BICUBIC").to_ndarray()
+    luma, blue, red = (planes[0] - 16.0) / 219, (planes[1] - 128.0) / 224, (planes[2] - 128.0) / 224
+    kr, kb = (0.2126, 0.0722) if frame.colorspace == 1 else (0.299, 0.114)
+    r, b = luma + 2 * (1 - kr) * red, luma + 2 * (1 - kb) * blue
+    exact = 255 * np.stack([r, (luma - kr * r - kb * b) / (1 - kr - kb), b], axis=-1)
+    found = read(path, size=(24, width)).frames
+    assert found is not None
+    assert np.abs(found[0] - exact.clip(0, 255)).mean() < 0.6
+    assert found.transpose(3, 0, 1, 2).flags.c_contiguous

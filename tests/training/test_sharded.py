@@ -38,7 +38,7 @@ from soundstage.objectives.mean_flow import MeanFlow
 from soundstage.objectives.rcm import RCM
 from soundstage.testing.tiny import GaussianLatents, ToyConfig
 from soundstage.training import checkpoint, metrics
-from soundstage.training.config import Optim, Role, TrainConfig
+from soundstage.training.config import Optim, Role, Stage, TrainConfig
 from soundstage.training.engine import RunError, total, train
 from soundstage.training.parallel import LostError, Parallel, joined
 from soundstage.training.state import Validation, build
@@ -222,6 +222,35 @@ def test_a_run_on_two_processes_and_its_checkpoints_change_hands(
     for folder in (from_two, from_one):
         same_trace(one, folder)
         same_average(config, one, folder)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """An objective that writes down which samples it saw."""
+
+    inner: Objective
+    file: str
+
+    def turn(self, step: int) -> tuple[str, ...]:
+        return self.inner.turn(step)
+
+    def loss(self, role: str, nets: Nets, batch: Batch, rng: Rng) -> Losses:
+        with Path(self.file + os.environ.get("RANK", "0")).open("a") as file:
+            file.write("".join(f"{name}\n" for name in batch.ids))
+        return self.inner.loss(role, nets, batch, rng)
+
+
+def test_every_sample_comes_once_on_any_processes_in_batches_of_any_size(
+    make: Make, together: Together, tmp_path: Path
+) -> None:
+    stages = (Stage(3, {"batch_size": 4}),)
+    config, out = make(objective=Noted(make().objective, str(tmp_path / "ids")), save_every=1), tmp_path / "run"
+    run(replace(config, steps=4, stages=stages), out)  # 3 of 8, 1 of 4
+    assert together(2, lambda _: run(replace(config, steps=6, batch_size=2), out)) == [6, 6]
+    run(replace(config, steps=7, batch_size=16), out)  # from sample 32 on
+    run(replace(config, steps=8, batch_size=18), out)  # from 54 on, as 48 to 53 are no whole batch
+    seen = [int(line) for file in tmp_path.glob("ids*") for line in file.read_text().split()]
+    assert sorted(seen) == [*range(48), *range(54, 72)]
 
 
 @pytest.mark.slow

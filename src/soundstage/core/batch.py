@@ -9,6 +9,7 @@ from torch import Tensor
 
 from soundstage.core.av import AV
 from soundstage.core.conditions import Conditions
+from soundstage.core.errors import ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,16 @@ class Batch:
         return Batch(self.x0.to(*args, **kwargs), self.cond.to(*args, **kwargs), self.ids)
 
     def part(self, index: int, of: int) -> Batch:
-        """The `index`-th of `of` equal parts along B; B must be a multiple of `of`."""
-        size = len(self) // of
-        where = slice(index * size, (index + 1) * size)
+        """The `index`-th of `of` equal parts along B; raises ShapeError where B is no multiple of `of`."""
+        where = share(len(self), index, of)
         return Batch(self.x0.map(lambda x: x[where]), self.cond.map(lambda x: x[where]), self.ids[where])
+
+
+def share(num: int, part: int, of: int) -> slice:
+    """Where the `part`-th of `of` equal parts of `num` samples is; raises ShapeError where they are not equal."""
+    if num % of:
+        raise ShapeError(
+            f"batch: {num} samples do not divide into {of} equal parts, for processes and accumulate; make batch_size, "
+            f"and multiple= of buckets, a multiple of {of}"
+        )
+    return slice(part * num // of, (part + 1) * num // of)

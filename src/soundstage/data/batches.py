@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from soundstage.core.batch import share
 from soundstage.core.errors import Caution, ConfigError
 from soundstage.data.batching import Interleaved, Order
 from soundstage.data.mixture import Mixture, Phase
@@ -89,10 +90,13 @@ class Batches:
         for before, after in zip(self._phases, self._phases[1:], strict=False):
             after.follows = before if before.same_cells(after) else None
 
-    def take(self, step: int, size: int) -> Tensor:
-        """(n,) int64 indices of the batch; n is `size`, or for another shape what costs as much."""
+    def take(self, step: int, size: int, part: int = 0, of: int = 1) -> Tensor:
+        """(n,) int64 indices of the batch, or of one of its equal parts; it has `size`, or what costs as much.
+
+        Raises ShapeError where the batches of any shape do not divide.
+        """
         if self._plain:
-            return self._order.take(step * size, size)
+            return self._order.take(step * size, size)[share(size, part, of)]
         number = max(i for i, phase in enumerate(self._phases) if phase.start <= step)
         phase, (outer, num, offsets) = self._phases[number], self._made(number, size)
         which, batch = outer.take(step - phase.start, 1)
@@ -102,7 +106,7 @@ class Batches:
         for cell in cells.unique().tolist():
             here = cells == cell
             found[here] = phase.members[bucket][cell].at(units[here] + offsets[bucket][cell])
-        return found
+        return found[[share(each, part, of) for each in num][bucket]]
 
     def epochs(self, steps: int, size: int) -> dict[str, float]:
         """How often the clips of each combination are seen in so many steps, by name; "all" without a mixture."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -45,44 +44,6 @@ class Order:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             held = self._epoch = (epoch, torch.randperm(self._num, generator=generator))
         return held[1]
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where a run is: `position` samples of `epoch` were taken by all processes together. world: how many those were.
-
-    It is all that a checkpoint needs, and it may be continued by any other number of processes.
-    """
-
-    epoch: int = 0
-    position: int = 0
-    world: int = 1
-
-
-class Sampler:
-    """An order dealt out to the processes of a run: each of them takes its share of the same next samples.
-
-    Whatever the numbers of processes were over time, together they take every sample exactly once per epoch.
-    """
-
-    def __init__(self, order: Order, rank: int = 0, world: int = 1, cursor: Cursor | None = None) -> None:
-        if not 0 <= rank < world:
-            raise ValueError(f"Sampler: rank {rank} is not one of {world} processes")
-        self._order, self._rank, self._world = order, rank, world
-        cursor = cursor or Cursor()
-        self._at = cursor.epoch * len(order) + cursor.position
-
-    @property
-    def cursor(self) -> Cursor:
-        """Where it is now."""
-        epoch, position = divmod(self._at, len(self._order))
-        return Cursor(epoch, position, self._world)
-
-    def take(self, size: int) -> Tensor:
-        """This process's share, every world-th, of the next `size` samples of all; they all ask for the same size."""
-        found = self._order.take(self._at, size)[self._rank :: self._world]
-        self._at += size
-        return found
 
 
 class Interleaved:

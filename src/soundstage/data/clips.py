@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soundstage.core.av import AV, collate
-from soundstage.core.batch import Batch
+from soundstage.core.batch import Batch, share
 from soundstage.core.conditions import Conditions
 from soundstage.data.batches import Batches, phases_of
 from soundstage.data.mixture import Mixture, Phase
@@ -71,7 +71,7 @@ class ClipStream:
             ready(config.tokenize, list(dict.fromkeys(words(index)[0] for index in range(min(sizes)))), None)
 
     def batch(self, step: int, size: int, part: int = 0, of: int = 1) -> Batch:
-        """The samples of a step, or one of `of` equal parts of them; no other is decoded."""
+        """The samples of a step, or one of `of` equal parts of them: no other is decoded."""
         if self._config.workers:
             for ahead in range(step, step + EXPECTED):
                 self._reading.expect(i for i in self._indices(ahead, size, part, of) if i not in self._held)
@@ -84,10 +84,9 @@ class ClipStream:
         self._reading.close()
 
     def _indices(self, step: int, size: int, part: int, of: int) -> list[int]:
-        first = step * size
-        found = self._batches.take(step, size).tolist() if self._batches else list(range(first, first + size))
-        each = len(found) // of
-        return found[part * each : (part + 1) * each]
+        if self._batches:
+            return self._batches.take(step, size, part, of).tolist()
+        return list(range(step * size, (step + 1) * size)[share(size, part, of)])
 
     def _read(self, indices: list[int]) -> tuple[AV[Tensor], list[str], list[str]]:
         """Media, captions and names; from memory, where it holds them."""

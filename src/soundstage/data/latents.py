@@ -129,9 +129,12 @@ class LatentPool:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def batch(self, step: int, size: int) -> Batch:
-        """The batch of a step; latents as float32. Of several shapes it has one, and as many clips as cost the same."""
-        index = self._batches.take(step, size)
+    def batch(self, step: int, size: int, part: int = 0, of: int = 1) -> Batch:
+        """The batch of a step, or one of `of` equal parts of it; latents as float32.
+
+        Of several shapes it has one, and as many clips as cost the same.
+        """
+        index = self._batches.take(step, size, part, of)
         chosen = index.tolist()
         if self._whole is not None:
             x0 = self._whole.map(lambda x: x[index].float())

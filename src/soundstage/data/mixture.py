@@ -112,7 +112,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Phase:
-    """Of a curriculum: from step `start` on, this mixture."""
+    """Of a curriculum: from step `start` on, this mixture. Steps count as if all had the batch size that now holds."""
 
     start: int
     mixture: Mixture

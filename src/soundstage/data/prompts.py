@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from soundstage.core.av import AV
-from soundstage.core.batch import Batch
+from soundstage.core.batch import Batch, share
 from soundstage.core.conditions import Conditions
 from soundstage.core.errors import ConfigError
 from soundstage.data.batching import Order
@@ -63,10 +63,10 @@ class PromptPool:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def batch(self, step: int, size: int) -> Batch:
-        """Prompts step * size onwards of the shuffled epochs, with latents of zeros."""
-        index = self._order.take(step * size, size).tolist()
-        x0 = self.shape.map(lambda shape: torch.zeros(size, *shape))
+    def batch(self, step: int, size: int, part: int = 0, of: int = 1) -> Batch:
+        """Prompts step * size onwards of the shuffled epochs, or one of `of` equal parts, with latents of zeros."""
+        index = self._order.take(step * size, size)[share(size, part, of)].tolist()
+        x0 = self.shape.map(lambda shape: torch.zeros(len(index), *shape))
         return Batch(x0, self._tokenize([self.prompts[i] for i in index]), tuple(f"prompt-{i}" for i in index))
 
 

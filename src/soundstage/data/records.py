@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import weakref
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,14 +98,27 @@ def media_of(raws: Iterable[Raw], num: int) -> AV[Tensor]:
 
 
 def _room(*shape: int) -> Tensor:
-    """An empty float32 tensor. A large one is made of huge pages where the system has them, which fill faster."""
+    """An empty float32 tensor. A large one is made of huge pages where the system has them, which fill faster.
+
+    It takes the memory of one that is gone, where there is such: pages that were never touched are slow to come by.
+    """
     size = 4 * math.prod(shape)
     if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system that has them may still refuse them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
+    memory = None
+    with suppress(IndexError):
+        memory = _spare.pop()
+    if memory is None or len(memory) != size:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a system that has them may still refuse them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    held = np.frombuffer(memory, np.float32)
+    weakref.finalize(held, _spare.append, memory).atexit = False
+    return torch.from_numpy(held).view(shape)
+
+
+_spare: deque[mmap.mmap] = deque(maxlen=1)
+"""Memory of the large tensor that went last."""
 
 
 def raw_of(sample: Sample, sample_rate: int) -> Raw:

@@ -61,9 +61,10 @@ class Chain:
         root = torch.linalg.cholesky(self.covariance()).float()
         return AV((rng.fold("chain").normal(self.steps) @ root.T)[:, None, :, None, None])
 
-    def batch(self, step: int, size: int) -> Batch:
-        """Training data: samples of step `step`."""
-        return Batch(self.sample(QuickRng.of(step, size).fold("data")), Conditions(), ("",) * size)
+    def batch(self, step: int, size: int, part: int = 0, of: int = 1) -> Batch:
+        """Training data: samples of step `step`, or one of `of` equal parts of them."""
+        x0 = self.sample(QuickRng.of(step, size).fold("data"))
+        return Batch(x0, Conditions(), ("",) * size).part(part, of)
 
     def distance(self, x: AV[Tensor]) -> float:
         """2-Wasserstein distance of the Gaussian with mean and covariance of x to the chain, per square root of a step.

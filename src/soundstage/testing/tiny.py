@@ -72,13 +72,13 @@ class GaussianLatents:
         """Itself: there is nothing to allocate."""
         return self
 
-    def batch(self, step: int, size: int) -> Batch:
-        """Samples step * size onwards."""
+    def batch(self, step: int, size: int, part: int = 0, of: int = 1) -> Batch:
+        """Samples step * size onwards, or one of `of` equal parts of them."""
         rng = Rng.of(self.seed, size, start=step * size).fold("latents")
         x0 = self.shape.map(lambda shape: torch.zeros(size, *shape))
         noise = rng.normal_like(x0)
         ids = tuple(str(step * size + i) for i in range(size))
-        return Batch(noise * self.std + self.mean, Conditions(), ids)
+        return Batch(noise * self.std + self.mean, Conditions(), ids).part(part, of)
 
 
 def tiny(config: TrainConfig, out: Path, steps: int = 2, **changes: Any) -> TrainConfig:  # noqa: ANN401

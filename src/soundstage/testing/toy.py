@@ -98,9 +98,10 @@ class Blobs:
         centres = self.means.map(lambda m: m[k])
         return centres + self.std * rng.fold("inside").normal_like(centres)
 
-    def batch(self, step: int, size: int) -> Batch:
-        """Training data: samples of step `step`."""
-        return Batch(self.sample(QuickRng.of(step, size).fold("data")), Conditions(), ("",) * size)
+    def batch(self, step: int, size: int, part: int = 0, of: int = 1) -> Batch:
+        """Training data: samples of step `step`, or one of `of` equal parts of them."""
+        x0 = self.sample(QuickRng.of(step, size).fold("data"))
+        return Batch(x0, Conditions(), ("",) * size).part(part, of)
 
     def build(self) -> Blobs:
         """Itself, both as data and as a teacher that needs no weights."""

@@ -24,10 +24,18 @@ from soundstage.training.parallel import divided, local, part_of
 from soundstage.training.shards import SaveError
 from soundstage.training.shards import flush as _flush
 
-__all__ = ["SaveError", "export", "latest", "load", "load_weights", "restore", "save", "step_of"]
+__all__ = ["SaveError", "export", "latest", "load", "load_weights", "restore", "samples_of", "save", "step_of"]
 
 
-def save(folder: Path, step: int, nets: Mapping[str, nn.Module], state: Mapping[str, Any], *, keep: int = 3) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    nets: Mapping[str, nn.Module],
+    state: Mapping[str, Any],
+    samples: int = 0,
+    *,
+    keep: int = 3,
+) -> Path:
     """Write folder/step-XXXXXXXX with <role>.safetensors and state.pt, then drop all but the newest `keep`.
 
     The files are written to a .part folder, flushed to disk, and renamed: killed at any point, the last whole
@@ -44,7 +52,7 @@ def save(folder: Path, step: int, nets: Mapping[str, nn.Module], state: Mapping[
         for role, module in nets.items():
             save_model(module, str(part / f"{role}.safetensors"))
         torch.save(dict(state), part / "state.pt")
-        (part / "checkpoint.json").write_text(json.dumps({"step": step, "roles": sorted(nets)}))
+        (part / "checkpoint.json").write_text(json.dumps({"step": step, "samples": samples, "roles": sorted(nets)}))
         for path in part.iterdir():
             _flush(path)
         _flush(part)
@@ -64,12 +72,14 @@ def save_divided(
     step: int,
     nets: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer],
+    samples: int = 0,
     *,
     keep: int = 3,
 ) -> None:
     """The same from several processes, in the background: returns when the tensors are copied, not yet written."""
     about = {
         "step": step,
+        "samples": samples,
         "roles": sorted(nets),
         "optimizers": {role: optimizer.about() for role, optimizer in optimizers.items()},
     }
@@ -91,6 +101,11 @@ def latest(folder: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The number of steps taken before the checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def samples_of(checkpoint: Path) -> int | None:
+    """The number of samples taken before the checkpoint was written; None where an older one does not tell."""
+    return json.loads((checkpoint / "checkpoint.json").read_text()).get("samples")
 
 
 def restore(checkpoint: Path, nets: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> None:

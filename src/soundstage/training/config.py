@@ -42,9 +42,13 @@ class Shared(Protocol):
 
 
 class Data(Protocol):
-    """Training data: `batch` is a pure function of its arguments (and the data's own seed), so resume needs no more."""
+    """Training data: `batch` is a pure function of its arguments (and the data's own seed), so resume needs no more.
 
-    def batch(self, step: int, size: int) -> Batch: ...
+    It gives the `part`-th of `of` equal parts of the batch, and reads no other. Data that has epochs deals the samples
+    step * size onwards, so that every one comes once in each, whatever number of processes there is.
+    """
+
+    def batch(self, step: int, size: int, part: int = 0, of: int = 1) -> Batch: ...
 
 
 @dataclass(frozen=True)

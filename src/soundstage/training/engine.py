@@ -63,6 +63,7 @@ def train(
         state = build(config, world, current.config.optim)
         if last:
             state.load(last)
+            state.samples = checkpoint.samples_of(last) or sum(p.config.batch_size * p.taken(done) for p in plan)
         log = stack.enter_context(Log(folder, state.step, tensorboard=tensorboard)) if world.first else None
         run = _Run(folder, state, world, log, on_log or (lambda _: None), stack.enter_context(_interrupts()))
         stack.callback(run.writer.close)
@@ -103,10 +104,13 @@ class _Run:
         """The loop. Everything drawn at a step depends on the seed and the step alone, so resume is exact."""
         config, state, world = phase.config, self.state, self.world
         self._judge(config)
-        with _Loader(world.after_first(config.data.build), config.batch_size, phase.end) as loader:
+        size = config.batch_size
+        # the first whole batch that no step has had, whatever the batches so far held
+        ahead = -(-state.samples // size) - state.step
+        with _Loader(world.after_first(config.data.build), size, phase.end + ahead, world) as loader:
             self.meter.resume()
             while state.step < phase.end and not self._stopping():
-                batch = loader.batch(state.step).part(world.part, world.parts).to(state.device)
+                batch = loader.batch(state.step + ahead).to(state.device)
                 torch.manual_seed(config.seed * 1_000_003 + state.step + (world.part << 40))
                 for role in config.objective.turn(state.step):
                     self._move(role, batch, phase)
@@ -114,7 +118,8 @@ class _Run:
                 if state.ema:
                     state.ema.update(state.nets["student"], state.step)
                 state.step += 1
-                self.meter.step(config.batch_size)
+                state.samples = (state.step + ahead) * size
+                self.meter.step(size)
                 self._after(config)
         if self.stopped:
             self._save(config)
@@ -212,7 +217,7 @@ class _Run:
             state.save(folder, config.keep)
         else:
             checkpoint.save_divided(
-                self.writer, folder, state.step, state.modules(), state.optimizers, keep=config.keep
+                self.writer, folder, state.step, state.modules(), state.optimizers, state.samples, keep=config.keep
             )
 
 
@@ -296,19 +301,20 @@ def _interrupts() -> Iterator[threading.Event]:
 class _Loader:
     """Reads the batch of the next step in a thread while this one trains."""
 
-    def __init__(self, data: Any, size: int, end: int) -> None:  # noqa: ANN401
-        self._data, self._size, self._end = data, size, end
+    def __init__(self, data: Any, size: int, end: int, world: World) -> None:  # noqa: ANN401
+        self._data, self._end = data, end
+        self._which = size, world.part, world.parts
         self._pool = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[Batch]] | None = None
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`; raises what the data raises."""
+        """This process's part of the batch of `step`; raises what the data raises."""
         if self._next is not None and self._next[0] == step:
             found = self._next[1].result()
         else:
-            found = self._data.batch(step, self._size)
+            found = self._data.batch(step, *self._which)
         if step + 1 < self._end:
-            self._next = (step + 1, self._pool.submit(self._data.batch, step + 1, self._size))
+            self._next = (step + 1, self._pool.submit(self._data.batch, step + 1, *self._which))
         return found
 
     def __enter__(self) -> _Loader:

@@ -30,6 +30,10 @@ class Phase:
     config: TrainConfig
     schedule: tuple[int, int]
 
+    def taken(self, step: int) -> int:
+        """How many of its steps are before `step`."""
+        return max(0, min(self.end, step) - self.start)
+
 
 def phases(config: TrainConfig) -> tuple[Phase, ...]:
     """The stages of a run in order; one phase without stages. Raises ConfigError for a stage that cannot be."""
@@ -59,13 +63,17 @@ def _span(renewed: list[int], start: int, steps: int) -> tuple[int, int]:
 
 @dataclass
 class State:
-    """A run at `step` steps taken. nets: role to module; optimizers: of the roles that move."""
+    """A run at `step` steps taken. nets: role to module; optimizers: of the roles that move.
+
+    samples: how many all its processes had of the data, or passed over where the size of a batch changed.
+    """
 
     step: int
     nets: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     ema: Ema | None
     device: torch.device
+    samples: int = 0
 
     @property
     def student(self) -> nn.Module:
@@ -85,7 +93,8 @@ class State:
     def save(self, folder: Path, keep: int) -> Path:
         """Write a checkpoint of this moment."""
         optimizers = {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()}
-        return checkpoint.save(folder, self.step, self.modules(), {"optimizers": optimizers}, keep=keep)
+        values = {"optimizers": optimizers}
+        return checkpoint.save(folder, self.step, self.modules(), values, self.samples, keep=keep)
 
     def load(self, path: Path) -> None:
         """Go to the moment of a checkpoint; raises WeightsError when it is of other networks or optimisers."""
