@@ -10,8 +10,22 @@ Run = Callable[..., tuple[int, str, str]]
 STAGES = '''
 from dataclasses import dataclass
 from typing import ClassVar
-from soundstage.data.flow import Drop, Flow
-from soundstage.testing.stages import Bundle, Read
+from soundstage.data.flow import Drop, Flow, Poison
+from soundstage.testing.stages import Bundle
+
+@dataclass(frozen=True)
+class Read:
+    """Reads "TOY <length>", a line's end, and a text of that length."""
+    version: ClassVar[int] = 1
+
+    def __call__(self, item, folder):
+        head, _, text = item.files["media"].read_bytes().partition(b"\\n")
+        length = int(head.removeprefix(b"TOY "))
+        if length != len(text):
+            raise Poison(f"truncated: {len(text)} of {length} bytes")
+        path = folder / "text.txt"
+        path.write_bytes(text)
+        yield item.child({"text": path}).without("media")
 
 @dataclass(frozen=True)
 class Tag:
