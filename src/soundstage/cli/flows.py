@@ -6,11 +6,14 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from soundstage.cli.progress import Advance
     from soundstage.data.flow import Flow
     from soundstage.data.ledger import Ledger
     from soundstage.data.reach import Count
@@ -71,14 +74,19 @@ def run_shown(
     workers: int | None = None,
     crew: Callable[[Work], Crew] | None = None,
 ) -> list[Count]:
-    """`data.runner.run` with its progress on stderr; the funnel."""
+    """`data.runner.run` with its progress on stderr, where there is anything to do; the funnel."""
     from soundstage.cli.progress import progress
     from soundstage.data.runner import run
 
-    with progress(label, 0) as advance:
+    with ExitStack() as stack:
+
+        @cache
+        def advance() -> Advance:
+            return stack.enter_context(progress(label, 0))
 
         def on_progress(now: Progress) -> None:
-            advance.reach(now.done, _note(now), total=now.done + now.left)
+            if now.done + now.left:
+                advance().reach(now.done, _note(now), total=now.done + now.left)
 
         return run(flow, ledger, workers=workers, crew=crew, on_progress=on_progress)
 
