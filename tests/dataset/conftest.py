@@ -1,4 +1,4 @@
-"""A real PostgreSQL server and a disk that can be filled, for the tests that need them."""
+"""A real PostgreSQL server, an S3 server and a disk that can be filled, for the tests that need them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +18,24 @@ def postgres() -> Iterator[Postgres]:
         )
     with postgres_server() as server:
         yield server
+
+
+@pytest.fixture
+def s3() -> Iterator[None]:
+    """An empty S3 server, told to all by the environment."""
+    moto = pytest.importorskip("moto.server", reason="S3 is not tried: moto is not installed")
+    s3fs = pytest.importorskip("s3fs", reason="S3 is not tried: s3fs is not installed")
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    s3fs.S3FileSystem.clear_instance_cache()  # of a server before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield
+    server.stop()
 
 
 @pytest.fixture

@@ -22,24 +22,12 @@ BESIDE = {
 }
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
+@pytest.fixture
+def bucket(s3: None) -> str:  # noqa: ARG001
     """An S3 bucket that holds clips, by its URL."""
-    moto = pytest.importorskip("moto.server", reason="S3 is not tried: moto is not installed")
-    pytest.importorskip("s3fs", reason="S3 is not tried: s3fs is not installed")
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        files, _ = filesystem("s3://raw")
-        files.mkdir("raw")
-        fill("s3://raw")
-        yield "s3://raw"
-    server.stop()
+    filesystem("s3://raw")[0].mkdir("raw")
+    fill("s3://raw")
+    return "s3://raw"
 
 
 @pytest.fixture

@@ -203,33 +203,19 @@ def test_a_picture_of_24000_1001(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_s3_by_a_real_server(items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moto = pytest.importorskip("moto.server", reason="S3 is not tried: moto is not installed")
-    pytest.importorskip("s3fs", reason="S3 is not tried: s3fs is not installed")
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            monkeypatch.setenv(name, value)
-        filesystem("s3://packed")[0].mkdir("packed")
-        url = "s3://packed/set/shards"
-        with pytest.raises(ConfigError, match="holds no shards"):
-            read_manifest(url)
-        pack(items, tmp_path, Pack(num=3))
-        pack(items, url, Pack(num=3))
-        assert {name: place(url).read(name) for name in place(url).names()} == bytes_of(tmp_path)
-        assert validate(url, decoded=2).whole
-        source, here = (Shards(str(where)).build(SHAPE) for where in (url, tmp_path))
-        one, two = source.window(0).read(), here.window(0).read()
-        assert np.array_equal(one.frames, two.frames)
-        assert np.array_equal(one.wave, two.wave)
-        pack(items[:2], url)
-        assert place(url).names() == ["clips-000000.tar", "manifest.parquet"]
-    finally:
-        server.stop()
+@pytest.mark.usefixtures("s3")
+def test_s3_by_a_real_server(items: list[Item], tmp_path: Path) -> None:
+    filesystem("s3://packed")[0].mkdir("packed")
+    url = "s3://packed/set/shards"
+    with pytest.raises(ConfigError, match="holds no shards"):
+        read_manifest(url)
+    pack(items, tmp_path, Pack(num=3))
+    pack(items, url, Pack(num=3))
+    assert {name: place(url).read(name) for name in place(url).names()} == bytes_of(tmp_path)
+    assert validate(url, decoded=2).whole
+    source, here = (Shards(str(where)).build(SHAPE) for where in (url, tmp_path))
+    one, two = source.window(0).read(), here.window(0).read()
+    assert np.array_equal(one.frames, two.frames)
+    assert np.array_equal(one.wave, two.wave)
+    pack(items[:2], url)
+    assert place(url).names() == ["clips-000000.tar", "manifest.parquet"]
