@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 
 from soundstage.core.errors import ConfigError, MissingExtra
 from soundstage.data.flow import Drop, Item, Transient
+from soundstage.data.web import retry_after
 from soundstage.media.decode import read
 from soundstage.media.probe import probe
 
@@ -109,7 +110,7 @@ class Caption:
         except httpx.TransportError as error:
             raise Transient(f"{self.url}: {error or type(error).__name__}") from error
         if answer.status_code in BUSY:
-            raise Transient(f"{self.url} answered {answer.status_code}", _seconds(answer.headers))
+            raise Transient(f"{self.url} answered {answer.status_code}", retry_after(answer.headers.get("retry-after")))
         if answer.status_code != 200:
             raise ConfigError(f"{self.url} answered {answer.status_code}: {answer.text[:200]}; check model and key")
         try:
@@ -155,12 +156,11 @@ def pictures(item: Item, count: int, side: int) -> list[np.ndarray]:
 @lru_cache(maxsize=1)
 def _loaded(name: str) -> tuple[Any, Any]:
     """(model, processor), once per process."""
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtra("transformers", "models") from None
     import torch
 
+    from soundstage.core.extras import optional
+
+    transformers = optional("transformers", "models")
     model = transformers.AutoModelForImageTextToText.from_pretrained(name)
     processor = transformers.AutoProcessor.from_pretrained(name)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
@@ -175,8 +175,3 @@ def data_url(image: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _seconds(headers: Mapping[str, str]) -> float | None:
-    told = headers.get("retry-after", "")
-    return float(told) if told.replace(".", "", 1).isdigit() else None

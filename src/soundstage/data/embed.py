@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from soundstage.core.errors import ConfigError, MissingExtra, one_of
+from soundstage.core.errors import ConfigError, one_of
 from soundstage.data.captions import pictures
 from soundstage.data.flow import Drop, Item, Poison
 from soundstage.media.decode import read
@@ -126,10 +126,9 @@ def _edges(image: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=2)
 def _loaded(name: str) -> tuple[Any, Any]:
     """(model, image processor or audio feature extractor), once per process."""
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtra("transformers", "models") from None
+    from soundstage.core.extras import optional
+
+    transformers = optional("transformers", "models")
     model = transformers.AutoModel.from_pretrained(name).eval()
     if hasattr(model, "get_audio_features"):
         return model, transformers.AutoFeatureExtractor.from_pretrained(name)

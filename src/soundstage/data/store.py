@@ -14,7 +14,7 @@ from pathlib import Path
 from soundstage.core.errors import SoundstageError
 from soundstage.data.flow import Item, Poison
 
-__all__ = ["DiskFull", "Store", "digest_of", "full_disk"]
+__all__ = ["DiskFull", "Store", "digest_of", "flush", "full_disk"]
 
 STORE, SCRATCH = "store", "work"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -74,7 +74,7 @@ class Store:
         path.chmod(0o444)
         os.utime(path)  # cleaning spares what is young, also where an older copy of it is replaced
         path.replace(target)
-        _sync_folder(target.parent)
+        flush(target.parent)
         return name, found, size, 0
 
     def item(self, files: dict[str, list], facts: dict) -> Item:
@@ -142,8 +142,9 @@ def _suffix(path: Path) -> str:
     return path.suffix.lower() if found else ""
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from soundstage.core.errors import WeightsError
+from soundstage.data.store import flush as _flush
 from soundstage.training import shards
 from soundstage.training.optim import Optimizer
 from soundstage.training.parallel import divided, local, part_of
 from soundstage.training.shards import SaveError
-from soundstage.training.shards import flush as _flush
 
 __all__ = ["SaveError", "export", "latest", "load", "load_weights", "restore", "samples_of", "save", "step_of"]
 

@@ -6,7 +6,6 @@ They are read by any number of processes, one included; `checkpoint` tells the t
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from soundstage.core.errors import SoundstageError, WeightsError
 from soundstage.core.parallel import only_rank_zero
+from soundstage.data.store import flush
 from soundstage.training.optim import Optimizer
 from soundstage.training.parallel import World, divided, local
 
@@ -219,12 +219,3 @@ def misfit(own: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
     }
     told = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names]
     return "these weights are of another model: " + "; ".join(told) if told else ""
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
